@@ -1,0 +1,1 @@
+"""fkd-med: federated knowledge distillation for medical image segmentation."""

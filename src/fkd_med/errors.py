@@ -1,0 +1,30 @@
+"""Errors a user can act on: each message names the file, client or key, and the remedy.
+
+`fkd` prints them without a traceback (``--debug`` shows it) and exits with `exit_code`.
+"""
+
+from __future__ import annotations
+
+
+class FkdError(Exception):
+    """Anything the user can repair; the message says what and how."""
+
+    exit_code = 2
+
+
+class DataError(FkdError):
+    """Images, masks, manifests or partitions that cannot be used."""
+
+
+class ConfigError(FkdError):
+    """A configuration that cannot be run."""
+
+
+class RunError(FkdError):
+    """A run directory, checkpoint or teacher store that cannot be used."""
+
+
+class TrainingError(FkdError):
+    """Training that cannot go on: a diverged loss, a failed client, a lost quorum."""
+
+    exit_code = 3
