@@ -1,0 +1,106 @@
+"""Arithmetic on states (``{name: tensor}``): pure functions, in float64, cast back at the end.
+
+Only plain element-wise operations are used, each rounded once as IEEE 754 says, so the bits depend neither on the
+number of threads nor on vector width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fkd_med.communication import State
+from fkd_med.errors import TrainingError
+
+
+def assert_same_structure(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], owner: str) -> None:
+    """Check that `state` has the names, shapes and dtypes of `expected`.
+
+    Raises:
+        TrainingError: naming `owner` and the first tensor that differs.
+    """
+    for name in sorted(state.keys() ^ expected.keys()):
+        problem = "is missing" if name in expected else "is unknown to the global model"
+        raise TrainingError(f"{owner}: tensor '{name}' {problem}. All sides must build the same student.")
+    for name, tensor in state.items():
+        like = expected[name]
+        if tensor.shape != like.shape or tensor.dtype != like.dtype:
+            raise TrainingError(
+                f"{owner}: tensor '{name}' is {tensor.dtype} {tuple(tensor.shape)}, the global model's is "
+                f"{like.dtype} {tuple(like.shape)}. All sides must build the same student."
+            )
+
+
+def assert_finite(state: Mapping[str, Tensor], owner: str) -> None:
+    """Check that `state` holds no NaN and no infinity.
+
+    Raises:
+        TrainingError: naming `owner` and the first tensor that is not finite.
+    """
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise TrainingError(
+                f"{owner}: tensor '{name}' holds NaN or infinity. Its training diverged: lower the learning rate, "
+                "clip gradients, or look at its images with `fkd check-data`."
+            )
+
+
+def cast_like(values: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> State:
+    """Return `values` in the dtypes of `like`; integers (and booleans) are rounded, halves to even."""
+    return {
+        name: (values[name] if tensor.is_floating_point() else values[name].round()).to(tensor.dtype)
+        for name, tensor in like.items()
+    }
+
+
+def subtract(state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> State:
+    """Return ``state - base`` in float64; names and shapes must agree."""
+    return {name: tensor.double() - base[name].double() for name, tensor in state.items()}
+
+
+def add(state: Mapping[str, Tensor], delta: Mapping[str, Tensor]) -> State:
+    """Return ``state + delta``, summed in float64, in the dtypes of `state`."""
+    return cast_like({name: tensor.double() + delta[name].double() for name, tensor in state.items()}, state)
+
+
+def identical(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Return whether both states have the same names, shapes, dtypes and bits (signs of zero and NaN included)."""
+    return one.keys() == other.keys() and all(_same_bits(tensor, other[name]) for name, tensor in one.items())
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other)))
+
+
+class WeightedMean:
+    """Mean of states that come one by one, in the memory of one float64 state and one tensor.
+
+    The running mean ``m += (x - m) * (w / W)`` (D. H. D. West, CACM 22(9), 1979; ``W`` the weights so far) keeps
+    two identities that ``sum(w x) / sum(w)`` loses to rounding: the mean of one state, and of equal states, is
+    that state bit for bit; and multiplying all weights by one factor changes no bit.
+    """
+
+    def __init__(self) -> None:
+        self.weight = 0
+        self.count = 0
+        self._mean: State = {}
+
+    def add(self, state: Mapping[str, Tensor], weight: int) -> None:
+        """Take in one state of positive integer `weight`; names and shapes must be those of the first."""
+        self.weight += weight
+        self.count += 1
+        for name, tensor in state.items():
+            value = tensor.detach().to(torch.float64, copy=True)
+            if self.count == 1:
+                self._mean[name] = value
+            else:
+                mean = self._mean[name]
+                mean.add_(value.sub_(mean).mul_(weight / self.weight))
+
+    def result(self, like: Mapping[str, Tensor]) -> State:
+        """Return the mean in the dtypes of `like`; at least one state must have been added."""
+        return cast_like(self._mean, like)

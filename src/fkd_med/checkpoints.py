@@ -1,0 +1,188 @@
+"""Checkpoints that are whole, verified and harmless: one file, replaced atomically, with its SHA-256 inside.
+
+A checkpoint is torch's zip file, and its checksum is the zip's own comment: there is no second file that a crash,
+a copy, a rename or a symbolic link could part from the first, and `torch.load` reads the file as ever. Nothing is
+ever unpickled but tensors and plain containers (``weights_only=True``), whatever a caller asks for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, BinaryIO
+
+import torch
+from lightning.pytorch.plugins.io import CheckpointIO
+
+from fkd_med.errors import ConfigError, RunError
+from fkd_med.files import atomic_writer
+
+_END = b"PK\x05\x06"  # a zip's last record: 22 bytes, the last two of which are the length of the comment after it
+_TAG = b"fkd-sha256:"
+_COMMENT = len(_TAG) + 64
+_PLAIN = (str, bytes, int, float, bool, complex, type(None), torch.Tensor, torch.Size, torch.dtype, torch.device)
+_ADVICE = "Give another one (`--ckpt_path`), or start afresh with `--overwrite`."
+
+
+class SafeCheckpointIO(CheckpointIO):
+    """Lightning's checkpoints, written atomically with a checksum and read without running any code in them."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write `checkpoint`; see `write_checkpoint`."""
+        if storage_options is not None:
+            raise ConfigError("Checkpoints are files on a local disk; storage_options are not supported. Remove them.")
+        write_checkpoint(checkpoint, path)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = "cpu", weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """Read a checkpoint, always with ``weights_only=True``; see `read_checkpoint`."""
+        return read_checkpoint(path, map_location)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a checkpoint; a symbolic link is removed, not what it leads to."""
+        path = Path(path)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> str:
+    """Write `checkpoint` to `path`, durably and all at once, and return its SHA-256 (see `checkpoint_digest`).
+
+    It is read back (without its tensors' data) before it replaces an earlier file.
+
+    Raises:
+        RunError: it holds something that could not be loaded again, or cannot be written; names the key or the file.
+    """
+    if "://" in str(path):
+        raise ConfigError(f"Checkpoints are files on a local disk, not {path}. Give a local folder.")
+    with atomic_writer(path) as file:
+        torch.save(checkpoint, file)
+        digest = _seal(file)
+        file.seek(0)
+        try:
+            torch.load(file, map_location="meta", weights_only=True)
+        except Exception as error:
+            raise RunError(
+                f"Checkpoint {path} was not written, as it could not be loaded again: {_culprit(checkpoint, error)}. "
+                "Keep only numbers, strings, lists, dictionaries and tensors in hyper-parameters and states."
+            ) from error
+    return digest
+
+
+def read_checkpoint(path: str | Path, map_location: Any | None = "cpu") -> dict[str, Any]:
+    """Return the checkpoint at `path`, its checksum verified; those of plain Lightning have none and are read too.
+
+    Raises:
+        RunError: there is none, or it is truncated, altered, something else, or holds objects other than tensors
+            and plain containers (which are not executed). Names the file and the remedy.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            stored = _stored_digest(file)
+            if stored and stored != _digest(file):
+                raise RunError(f"Checkpoint {path} was altered or damaged: its checksum does not match. {_ADVICE}")
+            file.seek(0)
+            if file.read(4) != b"PK\x03\x04":
+                raise RunError(f"{path} is not a checkpoint, or one in torch's format before 1.6. {_ADVICE}")
+            file.seek(0)
+            checkpoint = torch.load(file, map_location=map_location or "cpu", weights_only=True)
+    except FileNotFoundError as error:
+        gone = " (it links to a file that is gone)" if path.is_symlink() else ""
+        raise RunError(f"There is no checkpoint {path}{gone}. Check the path, or start without it.") from error
+    except OSError as error:
+        raise RunError(f"Checkpoint {path} cannot be read: {error.strerror}. Check the path.") from error
+    except RunError:
+        raise
+    except Exception as error:
+        raise RunError(_why_unreadable(path, error)) from error
+    if not isinstance(checkpoint, dict):
+        raise RunError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint. {_ADVICE}")
+    return checkpoint
+
+
+def checkpoint_digest(path: str | Path) -> str:
+    """Return the SHA-256 that names the checkpoint at `path`: over the file without the digest itself.
+
+    Raises:
+        RunError: there is no such file, or it is none of ours.
+    """
+    try:
+        with open(path, "rb") as file:
+            digest = _stored_digest(file)
+    except OSError as error:
+        raise RunError(f"Checkpoint {path} cannot be read: {error.strerror}. Check the path.") from error
+    if not digest:
+        raise RunError(f"Checkpoint {path} carries no checksum: it is damaged or not from fkd-med. {_ADVICE}")
+    return digest
+
+
+def _seal(file: BinaryIO) -> str:
+    """Turn the zip in `file` into one with its SHA-256 as comment."""
+    file.seek(-22, os.SEEK_END)
+    if file.read(4) != _END:
+        raise RunError("torch.save wrote a zip file with a comment of its own, which this version does not expect.")
+    file.seek(-2, os.SEEK_END)
+    file.write(_COMMENT.to_bytes(2, "little"))
+    file.write(b"\0" * _COMMENT)
+    digest = _digest(file)
+    file.seek(-_COMMENT, os.SEEK_END)
+    file.write(_TAG + digest.encode())
+    return digest
+
+
+def _digest(file: BinaryIO) -> str:
+    """SHA-256 of all but the comment, as hexadecimal."""
+    rest = file.seek(0, os.SEEK_END) - _COMMENT
+    file.seek(0)
+    digest = hashlib.sha256()
+    while rest:
+        block = file.read(min(rest, 2**20))
+        if not block:
+            break
+        digest.update(block)
+        rest -= len(block)
+    return digest.hexdigest()
+
+
+def _stored_digest(file: BinaryIO) -> str:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _COMMENT))
+    comment = file.read(_COMMENT)
+    match = re.fullmatch(_TAG + rb"([0-9a-f]{64})", comment)
+    return match[1].decode() if match else ""
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    if isinstance(error, UnpicklingError):
+        match = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f" ({match[1]})" if match else ""
+        return (
+            f"Checkpoint {path} holds Python objects{what}, which fkd-med never loads: they could run any code. "
+            f"Nothing was executed. {_ADVICE}"
+        )
+    return f"Checkpoint {path} is truncated or damaged ({str(error).splitlines()[0][:100]}). {_ADVICE}"
+
+
+def _culprit(checkpoint: Any, error: Exception) -> str:
+    """The first key that holds something else than plain containers and tensors, or else the error itself."""
+    found = _find_foreign(checkpoint, "")
+    return found or str(error).splitlines()[0][:200]
+
+
+def _find_foreign(value: Any, key: str) -> str:
+    if isinstance(value, dict):
+        children = [(f"{key}.{name}".lstrip("."), child) for name, child in value.items()]
+    elif isinstance(value, list | tuple | set):
+        children = [(f"{key}[{index}]", child) for index, child in enumerate(value)]
+    else:
+        plain = type(value) in _PLAIN or isinstance(value, torch.Tensor)
+        return "" if plain else f"'{key}' is a {type(value).__module__}.{type(value).__qualname__}"
+    return next(filter(None, (_find_foreign(child, name) for name, child in children)), "")

@@ -1,0 +1,240 @@
+"""What is in a data set, before a long run is spent on it: counts, formats, masks, leaks.
+
+Every image and mask is read in full, so a damaged file shows now and not in the night. Duplicates are found by a hash
+of the pixels, which also sees one picture saved twice in different formats.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from fkd_med.data.decoding import Header, read_header
+from fkd_med.data.images import read_image, read_mask
+from fkd_med.data.manifest import SPLITS, Manifest, ManifestRow
+from fkd_med.data.masks import MaskCoding
+from fkd_med.data.progress import with_progress
+from fkd_med.data.records import Record, listing
+from fkd_med.errors import DataError
+
+_NAMES = {"1": "grey", "L": "grey", "I": "grey", "I;16": "grey", "I;16B": "grey", "F": "grey", "LA": "grey + alpha"}
+_NAMES |= {"RGB": "colour", "RGBA": "colour + alpha", "P": "palette", "CMYK": "colour (CMYK)"}
+
+
+@dataclass
+class ClientReport:
+    """What one client holds.
+
+    Attributes:
+        client: Its name.
+        images: Split -> number of images.
+        patients: Split -> number of patients.
+        sizes: (width, height) -> number of images.
+        modes: Such as ``colour, 8 bit`` -> number of images.
+        mask_values: Raw mask value -> number of pixels.
+        class_shares: Class index -> mean over its images of the share of pixels; class 0 is background.
+        empty: Number of images whose mask is empty.
+    """
+
+    client: str
+    images: Counter[str] = field(default_factory=Counter)
+    patients: Counter[str] = field(default_factory=Counter)
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    modes: Counter[str] = field(default_factory=Counter)
+    mask_values: Counter[int] = field(default_factory=Counter)
+    class_shares: dict[int, float] = field(default_factory=dict)
+    empty: int = 0
+
+    @property
+    def foreground(self) -> float:
+        """Mean share of pixels that are not background."""
+        return sum(share for index, share in self.class_shares.items() if index > 0)
+
+
+@dataclass
+class DataReport:
+    """What `check_data` found.
+
+    Attributes:
+        clients: One report per client, by name.
+        coding: What mask values mean.
+        duplicates: Groups of ids with the same pixels.
+        errors: What will stop a run, such as damaged files.
+        warnings: What may spoil its results, such as one picture in two splits.
+    """
+
+    clients: list[ClientReport]
+    coding: MaskCoding
+    duplicates: list[list[str]]
+    errors: list[str]
+    warnings: list[str]
+
+
+@dataclass
+class _Seen:
+    """One image, read."""
+
+    row: ManifestRow
+    header: Header
+    pixels: str
+    values: dict[int, int]
+    shares: list[float]
+
+
+def check_data(
+    records: Iterable[Record], manifest: Manifest, coding: MaskCoding, notes: Sequence[str] = ()
+) -> DataReport:
+    """Read every image and mask of the manifest and report what is there.
+
+    Args:
+        records: The records of the set.
+        manifest: Who holds what; its hashes are not compared here, see `Manifest.verify`.
+        coding: What `scan_masks` found.
+        notes: Warnings to include, such as pairs the layout left out; see `collected_warnings`.
+
+    Returns:
+        The report; damaged files are among its errors instead of being raised.
+    """
+    by_id = {record.id: record for record in records}
+    errors, seen = [], []
+    for row in with_progress(manifest.rows, "Reading images and masks", at_least=100):
+        try:
+            seen.append(_read(row, by_id, coding))
+        except DataError as error:
+            errors.append(str(error))
+    clients = [_client_report(name, [one for one in seen if one.row.client == name]) for name in manifest.clients()]
+    duplicates = _duplicates(seen)
+    warnings = [*notes, *_leaks(seen, duplicates), *_oddities(clients, manifest)]
+    if unused := len(by_id.keys() - {row.id for row in manifest.rows}):
+        warnings.append(f"{unused} images are not in the manifest and not used.")
+    return DataReport(clients, coding, [[one.row.id for one in group] for group in duplicates], errors, warnings)
+
+
+@contextmanager
+def collected_warnings() -> Iterator[list[str]]:
+    """Collect what layouts log in the block (what they leave out), for `check_data`'s notes, instead of printing."""
+    found: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda entry: found.append(entry.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("fkd_med.data")
+    before = logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = before
+
+
+def render(report: DataReport, console: Console | None = None) -> None:
+    """Print a report: counts, then formats and masks per client, then errors and warnings."""
+    console = console or Console()
+    counts = Table("client", *(f"{split}" for split in SPLITS), "patients", title="Images per client and split")
+    for client in report.clients:
+        patients = "/".join(str(client.patients[split]) for split in SPLITS)
+        counts.add_row(client.client, *(str(client.images[split]) for split in SPLITS), patients)
+    totals = [sum(client.images[split] for client in report.clients) for split in SPLITS]
+    patients = "/".join(str(sum(client.patients[split] for client in report.clients)) for split in SPLITS)
+    counts.add_section()
+    counts.add_row("all", *map(str, totals), patients)
+    console.print(counts)
+    contents = Table("client", "sizes", "pixels", "mask values", "foreground", "empty masks", title="What they hold")
+    for client in report.clients:
+        contents.add_row(*_contents(client))
+    console.print(contents)
+    meaning = ", ".join(f"{value} is class {index}" for index, value in enumerate(report.coding.values))
+    console.print(f"Masks: {meaning}.", highlight=False)
+    for kind, style, lines in (("Error", "bold red", report.errors), ("Warning", "yellow", report.warnings)):
+        for line in lines:
+            console.print(f"[{style}]{kind}:[/] ", end="")
+            console.print(line, markup=False, highlight=False)
+
+
+def _read(row: ManifestRow, records: dict[str, Record], coding: MaskCoding) -> _Seen:
+    record = records.get(row.id)
+    if record is None:
+        raise DataError(f"{row.id}: in the manifest, but its image is not in the data.")
+    header = read_header(record.image)
+    image = read_image(record.image, 3)
+    digest = hashlib.blake2b(repr(image.shape).encode() + image.tobytes(), digest_size=16).hexdigest()
+    if record.mask is None:
+        raise DataError(f"{record.image}: has no mask.")
+    raw = read_mask(record.mask)
+    if raw.shape != image.shape[:2]:
+        raise DataError(f"{record.mask}: its size differs from its image's.")
+    values, number = np.unique(raw, return_counts=True)
+    indices = coding.apply(raw, record.mask)
+    shares = np.bincount(indices.ravel(), minlength=len(coding.values)) / indices.size
+    return _Seen(row, header, digest, dict(zip(values.tolist(), number.tolist(), strict=True)), shares.tolist())
+
+
+def _client_report(name: str, seen: Sequence[_Seen]) -> ClientReport:
+    report = ClientReport(name)
+    report.images.update(one.row.split for one in seen)
+    report.patients.update(split for split, _ in {(one.row.split, one.row.patient) for one in seen})
+    report.sizes.update((one.header.size[1], one.header.size[0]) for one in seen)
+    report.modes.update(f"{_NAMES.get(one.header.mode, one.header.mode)}, {one.header.bits} bit" for one in seen)
+    for one in seen:
+        report.mask_values.update(one.values)
+    if seen:
+        report.class_shares = dict(enumerate(np.mean([one.shares for one in seen], axis=0).tolist()))
+    report.empty = sum(one.shares[0] == 1 for one in seen)
+    return report
+
+
+def _duplicates(seen: Iterable[_Seen]) -> list[list[_Seen]]:
+    groups: dict[str, list[_Seen]] = defaultdict(list)
+    for one in seen:
+        groups[one.pixels].append(one)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _leaks(seen: Sequence[_Seen], duplicates: Sequence[Sequence[_Seen]]) -> list[str]:
+    """Tell of pictures on both sides of a border, and of sets that may have such without a hash showing it."""
+    found = []
+    for what in ("split", "client"):
+        groups = [group for group in duplicates if len({getattr(one.row, what) for one in group}) > 1]
+        names = [" = ".join(f"{one.row.id} ({one.row.client}, {one.row.split})" for one in group) for group in groups]
+        if names:
+            found.append(
+                f"{len(names)} pictures are in more than one {what}: {listing(names)}. Remove the copies, or give "
+                "them one `patient` in clients.csv."
+            )
+    if len(seen) > 1 and len({one.row.patient for one in seen}) == len(seen):
+        found.append(
+            "Every image counts as a patient of its own. If several come from one person, scan or video, say so in "
+            "the `patient` column of clients.csv, or the test will see what training saw."
+        )
+    return found
+
+
+def _oddities(clients: Sequence[ClientReport], manifest: Manifest) -> list[str]:
+    found = []
+    for client in clients:
+        bare = [split for split in SPLITS if not manifest.of(client.client, split)]
+        if bare:
+            found.append(f"{client.client} has no image in {', '.join(bare)}.")
+        absent = [str(index) for index, share in client.class_shares.items() if share == 0]
+        if absent:
+            found.append(f"{client.client} has no pixel of class {', '.join(absent)}.")
+        if len(client.modes) > 1:
+            kinds = ", ".join(f"{number} {mode}" for mode, number in client.modes.most_common())
+            found.append(f"{client.client} mixes kinds of images: {kinds}.")
+    return found
+
+
+def _contents(client: ClientReport) -> list[str]:
+    sizes = [f"{width}x{height} ({number})" for (width, height), number in client.sizes.most_common()]
+    modes = [f"{mode} ({number})" for mode, number in client.modes.most_common()]
+    values = [str(value) for value in sorted(client.mask_values)]
+    shown = ", ".join(values) if len(values) <= 8 else f"{values[0]} to {values[-1]} ({len(values)} values)"
+    return [client.client, listing(sizes, 2), listing(modes, 2), shown, f"{client.foreground:.1%}", str(client.empty)]

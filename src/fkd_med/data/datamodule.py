@@ -1,0 +1,264 @@
+"""FederatedDataModule: images of several hospitals, for Lightning and for the federated loop alike.
+
+Lightning asks for train, validation and test loaders; the loop asks for one client's. Both see the same
+manifest, the same preprocessing and the same seeded order.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.accelerators import CUDAAccelerator
+from torch.utils.data import DataLoader, DistributedSampler
+
+from fkd_med.data.augmentation import Augmentation, default_augmentation
+from fkd_med.data.datasets import Item, SampleReader, SegmentationDataset, collate
+from fkd_med.data.geometry import ResizeMode
+from fkd_med.data.layouts import FolderPair, Layout
+from fkd_med.data.manifest import Manifest
+from fkd_med.data.masks import MaskCoding, scan_masks
+from fkd_med.data.partition import BySite, Partitioner, build_manifest
+from fkd_med.data.preprocessing import Preprocessing
+from fkd_med.data.records import Record
+from fkd_med.data.sampling import SeededSampler
+from fkd_med.errors import ConfigError, DataError
+from fkd_med.seeding import global_seed
+
+Loader = DataLoader[Item]
+
+
+class FederatedDataModule(L.LightningDataModule):
+    """Images of several hospitals, split by patient into train, validation and test per hospital.
+
+    Args:
+        root: Folder of the data set.
+        layout: What lies where below `root`; null for a pair of folders, images and masks.
+        partitioner: Which patient belongs to which hospital; null for the sites the data name.
+        manifest: A manifest.csv of an earlier run, used instead of partitioning (contents are verified).
+        client: Train and validate on this hospital alone; test still covers every hospital.
+        image_size: Side of the square that networks see, in pixels.
+        resize: How images become squares: stretch, or letterbox to keep the aspect ratio.
+        in_channels: 3 for colour, 1 for grey.
+        classes: Number of logits: 1 for a binary mask, otherwise all classes with background.
+        class_values: Raw mask value of each class; null to find them over the whole set.
+        mean: Per channel, of values in [0, 1]; null for ImageNet's.
+        std: Per channel; null for ImageNet's.
+        augmentation: Of training images: true for flips, turns, mild affine and brightness; false for none.
+        batch_size: Images per batch and device.
+        num_workers: Processes that load data; numbers do not depend on it.
+        val_fraction: Share of each hospital's patients kept for validation.
+        test_fraction: Share of each hospital's patients kept for testing.
+        on_missing: What to do about images without mask and masks without image.
+        seed: Of splits, order and augmentation; null for seed_everything's.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        layout: Layout | None = None,
+        partitioner: Partitioner | None = None,
+        manifest: str | None = None,
+        client: str | None = None,
+        image_size: int = 256,
+        resize: ResizeMode = "stretch",
+        in_channels: int = 3,
+        classes: int = 1,
+        class_values: list[int] | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        augmentation: Augmentation | bool = True,
+        batch_size: int = 4,
+        num_workers: int = 0,
+        val_fraction: float = 0.15,
+        test_fraction: float = 0.2,
+        on_missing: Literal["error", "skip"] = "error",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.root = Path(root).expanduser()
+        self.layout = layout or FolderPair()
+        self.partitioner = partitioner or BySite()
+        self.manifest_path = manifest
+        self.client = client
+        self.preprocessing = Preprocessing.checked(image_size, resize, in_channels, mean, std)
+        if not 1 <= classes <= 255:
+            raise ConfigError(f"data.classes: {classes}; use 1 for a binary mask, or up to 255 with the background.")
+        self.classes = classes
+        self.class_values = class_values
+        self.augmentation = default_augmentation() if augmentation is True else augmentation or None
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.val_fraction = val_fraction
+        self.test_fraction = test_fraction
+        self.on_missing = on_missing
+        self.seed = seed
+        self.manifest: Manifest
+        self._coding: MaskCoding | None = None
+        self._records: dict[str, Record] = {}
+
+    # Lightning's hooks
+
+    def prepare_data(self) -> None:
+        """Create what the layout creates (phantoms); downloads nothing."""
+        self.layout.prepare(self.root)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read records, masks and splits once; raise every DataError that training would meet.
+
+        Raises:
+            DataError: Bad input; the message names file or client, and the remedy.
+        """
+        if not self._records:
+            self._read()
+        if stage in (None, "fit"):
+            self._check_batches()
+
+    def train_dataloader(self) -> Loader:
+        """All hospitals pooled, or the one named by `client`."""
+        return self.client_train_dataloader(self.client)
+
+    def val_dataloader(self) -> list[Loader]:
+        """One loader per hospital, in the order of `client_names`."""
+        return [self.client_val_dataloader(client) for client in self.client_names()]
+
+    def test_dataloader(self) -> list[Loader]:
+        """One loader per hospital, every hospital, sorted by name."""
+        return [self.client_test_dataloader(client) for client in self.manifest.clients()]
+
+    # What the federated loop asks for
+
+    def client_names(self) -> list[str]:
+        """Return the hospitals that train, sorted: all of them, or the one named by `client`."""
+        return [self.client] if self.client is not None else self.manifest.clients()
+
+    def num_examples(self, client: str) -> int:
+        """Return the number of a client's training images."""
+        return len(self.manifest.of(client, "train"))
+
+    def client_train_dataloader(self, client: str | None, round: int = 0) -> Loader:
+        """Shuffled and augmented training batches of a client (None: of all, pooled); whole batches only.
+
+        Args:
+            client: The client's name.
+            round: Federated round; -1 for the training of a teacher. Other rounds draw other numbers.
+        """
+        dataset = self._dataset(client, "train", augment=True)
+        ids = [record.id for record in dataset.records]
+        sampler = SeededSampler(ids, self._seed, round, client or "", *self._ranks())
+        return self._loader(dataset, sampler, drop_last=True)
+
+    def client_train_eval_dataloader(self, client: str | None) -> Loader:
+        """Training images in order and as they are, for caches and BatchNorm statistics."""
+        return self._evaluation_loader(self._dataset(client, "train"))
+
+    def client_val_dataloader(self, client: str | None) -> Loader:
+        """Validation images of a client (None: of all)."""
+        return self._evaluation_loader(self._dataset(client, "val"))
+
+    def client_test_dataloader(self, client: str | None) -> Loader:
+        """Test images of a client (None: of all), with masks of the original size."""
+        return self._evaluation_loader(self._dataset(client, "test", original=True))
+
+    def export_info(self) -> dict[str, Any]:
+        """Return all that prediction needs, as plain containers that a checkpoint can hold; call it after `setup`.
+
+        Keys: image_size, resize, in_channels, mean, std, classes, class_values (raw mask value of each class).
+        """
+        values = self.class_values if self._coding is None else list(self._coding.values)
+        return self.preprocessing.export() | {"classes": self.classes, "class_values": values}
+
+    def fingerprint(self, client: str | None) -> str:
+        """Return a SHA-256 over a client's training and validation files and their preprocessing; no paths."""
+        rows = [(r.split, r.id, r.sha256) for s in ("train", "val") for r in self.manifest.of(client, s)]
+        content = json.dumps([self.export_info(), rows], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    # Inside
+
+    def _read(self) -> None:
+        if self.trainer is None:  # used without Lightning, whose hook has created them otherwise
+            self.prepare_data()
+        self._seed = global_seed() if self.seed is None else self.seed
+        records = self.layout.records(self.root, self.on_missing)
+        self.manifest = self._partition(records)
+        if self.client is not None:
+            self._check_client(self.client)
+        used = {row.id for row in self.manifest.rows}
+        records = [record for record in records if record.id in used]
+        self._coding = scan_masks(records, self.classes, self.class_values)
+        self._reader = SampleReader(self.preprocessing, self._coding)
+        self._records = {record.id: record for record in records}  # last: says that all is read
+
+    def _partition(self, records: list[Record]) -> Manifest:
+        if self.manifest_path is None:
+            return build_manifest(records, self.partitioner, self.val_fraction, self.test_fraction, self._seed)
+        manifest = Manifest.read(Path(self.manifest_path).expanduser())
+        manifest.verify(records)
+        return manifest
+
+    def _check_batches(self) -> None:
+        """Every client that trains alone must fill a batch; plain Lightning pools them and needs one in all."""
+        counts = {client: self.num_examples(client) for client in self.client_names()}
+        needed = self.batch_size * self._ranks()[0]
+        pooled = self.trainer is not None and getattr(self.trainer, "federation", None) is None
+        if pooled and min(counts.values()) > 0:
+            counts = {self.client or f"all {len(counts)} clients pooled": sum(counts.values())}
+        for client, count in counts.items():
+            if count < needed:
+                raise DataError(
+                    f"{self.root}: client {client!r} has {count} training image(s), fewer than one batch of {needed} "
+                    f"(data.batch_size={self.batch_size} on {needed // self.batch_size} device(s)). Lower "
+                    "data.batch_size, lower data.val_fraction and data.test_fraction, or use fewer, larger clients."
+                )
+
+    def _check_client(self, client: str) -> None:
+        known = self.manifest.clients()
+        if client not in known:
+            close = difflib.get_close_matches(client, known, cutoff=0.5) or known[:10]
+            raise DataError(
+                f"data.client: {self.root} has no client named {client!r}; did you mean "
+                f"{' or '.join(map(repr, close))}?"
+            )
+
+    def _ranks(self) -> tuple[int, int]:
+        """Return world size and rank: the trainer's, or those of a single process."""
+        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+
+    def _dataset(
+        self, client: str | None, split: str, augment: bool = False, original: bool = False
+    ) -> SegmentationDataset:
+        if client is not None:
+            self._check_client(client)
+        rows = self.manifest.of(client, split)
+        return SegmentationDataset(
+            [self._records[row.id] for row in rows],
+            [row.client for row in rows],
+            self._reader,
+            self.augmentation if augment else None,
+            original,
+        )
+
+    def _evaluation_loader(self, dataset: SegmentationDataset) -> Loader:
+        # Pads so that ranks make equally many steps; metrics drop the doubles by id.
+        ranks, rank = self._ranks()
+        return self._loader(dataset, DistributedSampler(dataset, ranks, rank, shuffle=False), drop_last=False)
+
+    def _loader(self, dataset: SegmentationDataset, sampler: DistributedSampler[Any], drop_last: bool) -> Loader:
+        on_gpu = self.trainer is not None and isinstance(self.trainer.accelerator, CUDAAccelerator)
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            drop_last=drop_last,
+            pin_memory=on_gpu,
+            # Loaders draw a number at each start; from torch's own generator they would move the model's numbers.
+            generator=torch.Generator().manual_seed(self._seed),
+        )

@@ -1,0 +1,62 @@
+"""One image with its mask, hospital and patient: what layouts find and everything after them uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fkd_med.errors import DataError
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image and what is known about it.
+
+    Attributes:
+        id: Name of the image, unique in its set: its path inside the image folder, without suffix, ``/`` between
+            folders.
+        image: File of the image.
+        mask: File of the mask; None where only predictions are wanted.
+        client: Natural client (hospital, site) of the image, when the set has one.
+        patient: Patient, sequence or study; images of one patient never part. The id when empty.
+        split: ``train``, ``val`` or ``test`` when the set prescribes it.
+    """
+
+    id: str
+    image: Path
+    mask: Path | None = None
+    client: str | None = None
+    patient: str = ""
+    split: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.patient:
+            object.__setattr__(self, "patient", self.id)
+
+
+def check_client_name(name: str, source: str) -> str:
+    """Return `name`, fit to name a client.
+
+    A client's name becomes a folder of the run directory, so it must be one plain path component.
+
+    Args:
+        name: The name to check.
+        source: Where it was found, for the message.
+
+    Raises:
+        DataError: The name is empty, a path, starts with a dot or has control characters.
+    """
+    if not name or name.startswith(".") or name != name.strip() or not name.isprintable() or set(name) & set("/\\:"):
+        raise DataError(
+            f"{source}: {name!r} cannot name a client, because results are kept in a folder of that name. "
+            "Use letters, digits, spaces, '-' and '_', not starting with a dot."
+        )
+    if len(name.encode()) > 150:
+        raise DataError(f"{source}: the client name {name[:40]!r}... is too long; use at most 150 bytes.")
+    return name
+
+
+def listing(names: list[str], show: int = 5) -> str:
+    """Return the first few of `names` and how many more there are, for messages."""
+    rest = f" and {len(names) - show} more" if len(names) > show else ""
+    return ", ".join(names[:show]) + rest

@@ -1,0 +1,170 @@
+"""Bootstrap intervals: how far a mean, or the difference of two arms, could have come out otherwise.
+
+Percentile bootstrap (Efron and Tibshirani 1993, chapters 13 and 15). Images are drawn with replacement inside each
+hospital, so hospitals keep their sizes. An interval answers "other images like these, of the same hospitals and the
+same trained weights"; images of one patient resemble each other, so it is too narrow for new patients, and it says
+nothing about new hospitals or another training run.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fkd_med.errors import RunError
+from fkd_med.evaluation.rows import ImageRow
+from fkd_med.seeding import derive_seed
+
+# With five or fewer images, even if all differences have one sign, a sign test stays above 5 %: no interval then.
+MIN_IMAGES = 6
+_CHUNK = 2_000_000  # elements drawn at a time
+
+Values = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its percentile interval; `low` and `high` are NaN where images are too few for one."""
+
+    estimate: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the whole interval lies on one side of 0 (False without an interval)."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Intervals per hospital and of the unweighted mean over hospitals."""
+
+    clients: dict[str, Interval]
+    mean: Interval
+
+
+def bootstrap_mean(
+    rows: Iterable[ImageRow], metric: str = "dice", seed: int = 0, draws: int = 10_000, level: float = 0.95
+) -> Intervals:
+    """Return intervals of a metric's mean for one arm.
+
+    Args:
+        rows: Rows of one model, arm and split; rows without the metric are left out.
+        metric: ``"dice"``, ``"iou"`` or ``"hd95"``.
+        seed: Seed of the draws; each hospital's draws depend on its name only, not on the other hospitals.
+        draws: Bootstrap samples.
+        level: Coverage, 0.95 for a 95 % interval.
+    """
+    values: dict[str, list[float]] = {}
+    for row in {r.key: r for r in rows}.values():
+        value = _value(row, metric)
+        if value is not None:
+            values.setdefault(row.client, []).append(value)
+    return stratified_bootstrap({c: np.asarray(v) for c, v in values.items()}, seed, draws, level)
+
+
+def bootstrap_difference(
+    first: Iterable[ImageRow],
+    second: Iterable[ImageRow],
+    metric: str = "dice",
+    seed: int = 0,
+    draws: int = 10_000,
+    level: float = 0.95,
+) -> Intervals:
+    """Return intervals of the mean of `second` minus `first`, paired image by image.
+
+    Images are matched by client and id; those that only one arm has are left out with a warning that counts them.
+
+    Args:
+        first: Rows of the reference arm, each image once.
+        second: Rows of the other arm, each image once.
+        metric: ``"dice"``, ``"iou"`` or ``"hd95"``.
+        seed: Seed of the draws.
+        draws: Bootstrap samples.
+        level: Coverage.
+
+    Raises:
+        RunError: If the arms have no image in common.
+    """
+    ours, theirs = _by_image(first, metric), _by_image(second, metric)
+    common = [key for key in ours if key in theirs]
+    counts = f"{len(ours)} and {len(theirs)} scored images, {len(common)} of them in both"
+    if not common:
+        raise RunError(
+            f"Arms without a common image cannot be paired: {counts}. Test both on the same data (data.manifest)."
+        )
+    if len(common) < max(len(ours), len(theirs)):
+        warnings.warn(f"Paired differences use the common images only: {counts}.", stacklevel=2)
+    differences: dict[str, list[float]] = {}
+    for key in common:
+        differences.setdefault(key[0], []).append(theirs[key] - ours[key])
+    return stratified_bootstrap({c: np.asarray(v) for c, v in differences.items()}, seed, draws, level)
+
+
+def stratified_bootstrap(
+    values: Mapping[str, Values], seed: int = 0, draws: int = 10_000, level: float = 0.95
+) -> Intervals:
+    """Bootstrap the mean of each hospital's values and the unweighted mean of these means.
+
+    Args:
+        values: Hospital -> values, (n,).
+        seed: Seed of the draws.
+        draws: Bootstrap samples.
+        level: Coverage.
+
+    Raises:
+        RunError: If there is no value.
+    """
+    if not values:
+        raise RunError("No image was scored, so there is no interval: check the split and the metric.")
+    means = {client: _resampled_means(values[client], client, seed, draws) for client in sorted(values)}
+    clients = {
+        client: _interval(
+            float(values[client].mean()), m, len(values[client]), len(values[client]) >= MIN_IMAGES, level
+        )
+        for client, m in means.items()
+    }
+    total = sum(len(v) for v in values.values())
+    # A hospital with one image shows no spread at all; the mean over hospitals would borrow its certainty.
+    enough = total >= MIN_IMAGES and min(len(v) for v in values.values()) > 1
+    estimate = math.fsum(i.estimate for i in clients.values()) / len(clients)
+    return Intervals(clients, _interval(estimate, np.mean(list(means.values()), axis=0), total, enough, level))
+
+
+def _resampled_means(values: Values, client: str, seed: int, draws: int) -> Values:
+    rng = np.random.default_rng(derive_seed("bootstrap", seed, client))
+    step = max(1, _CHUNK // len(values))
+    chunks = [
+        values[rng.integers(len(values), size=(min(step, draws - start), len(values)))].mean(axis=1)
+        for start in range(0, draws, step)
+    ]
+    return np.concatenate(chunks)
+
+
+def _interval(estimate: float, means: Values, n: int, enough: bool, level: float) -> Interval:
+    if not enough:
+        return Interval(estimate, math.nan, math.nan, n)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(estimate, float(low), float(high), n)
+
+
+def _by_image(rows: Iterable[ImageRow], metric: str) -> dict[tuple[str, str], float]:
+    images: dict[tuple[str, str], float] = {}
+    for row in {r.key: r for r in rows}.values():
+        value = _value(row, metric)
+        if (row.client, row.id) in images:
+            raise ValueError(f"client {row.client!r}, image {row.id!r} appears twice in one arm; choose one round")
+        if value is not None:
+            images[row.client, row.id] = value
+    return images
+
+
+def _value(row: ImageRow, metric: str) -> float | None:
+    return {"dice": row.dice, "iou": row.iou, "hd95": row.hd95}[metric]

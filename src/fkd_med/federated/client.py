@@ -1,0 +1,178 @@
+"""One client's part of a round: take the broadcast, train on its own images, give back an update.
+
+The same code serves simulation and deployment: it knows its data, its folder and the recipe, not who asks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor
+
+from fkd_med.communication import Broadcast, Update
+from fkd_med.errors import ConfigError
+from fkd_med.federated.client_data import ClientData
+from fkd_med.federated.client_state import ClientState, ClientStates
+from fkd_med.federated.federation import Federation
+from fkd_med.federated.inner import inner_trainer, release
+from fkd_med.federated.progress import LossOnBar, Reporter
+from fkd_med.federated.quiet import quiet
+from fkd_med.modules.personal import merge
+from fkd_med.modules.schedule import RunClock
+from fkd_med.seeding import seeded
+
+
+class KeepOptimizers(L.Callback):
+    """Gives a fresh Trainer the optimizer and scheduler state a client had, and takes it back at the end."""
+
+    def __init__(self, before: ClientState) -> None:
+        self.before = before
+        self.after = ClientState()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Load the state of the client's last round."""
+        for optimizer, state in zip(trainer.optimizers, self.before.optimizers, strict=False):
+            optimizer.load_state_dict(copy.deepcopy(state))
+        for config, state in zip(trainer.lr_scheduler_configs, self.before.schedulers, strict=False):
+            config.scheduler.load_state_dict(copy.deepcopy(state))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the state as it is after this round."""
+        self.after.optimizers = [copy.deepcopy(optimizer.state_dict()) for optimizer in trainer.optimizers]
+        self.after.schedulers = [_plain(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs]
+
+
+class MeanBuffers(L.Callback):
+    """Averages floating buffers over the ranks after a fit: BatchNorm statistics differ between them."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Reduce every floating buffer to its mean."""
+        if trainer.world_size > 1:
+            for buffer in pl_module.buffers():
+                if buffer.is_floating_point():
+                    buffer.copy_(trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
+
+
+class LearningRateNote(L.Callback):
+    """Notes the learning rate of the last step, for the curve over rounds."""
+
+    rate = float("nan")
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        """Read the rate the coming step uses."""
+        self.rate = float(optimizer.param_groups[0]["lr"])
+
+
+@dataclass
+class ClientWorker:
+    """Trains any of the clients that this process stands for.
+
+    Args:
+        module: the LightningModule to copy for each fit; never trained itself.
+        data: images by client.
+        federation: the round recipe.
+        flags: hardware and numerics flags of the inner Trainers.
+        seed: the run's seed.
+        states: what clients keep between rounds.
+        reporter: where progress is shown.
+        prepare: called with the copy and the client's name before training; attaches the client's teacher.
+    """
+
+    module: L.LightningModule
+    data: ClientData
+    federation: Federation
+    flags: dict[str, Any]
+    seed: int
+    states: ClientStates
+    reporter: Reporter
+    prepare: Callable[[L.LightningModule, str], None] | None = None
+
+    def fit(self, client: str, broadcast: Broadcast, attempt: int = 0) -> Update:
+        """Train the broadcast student on a client's images for one round.
+
+        Raises:
+            TrainingError: the loss is not finite; names client, round and batch.
+            ConfigError: not one optimizer step was done.
+        """
+        before = self.states.load(client)
+        worker = copy.deepcopy(self.module)
+        worker.__dict__.pop("configure_optimizers", None)  # the server's stand-in, see FederatedTrainer
+        worker.load_state_dict(merge(broadcast.state, before.personal))
+        with seeded(self.seed, broadcast.round, client), quiet():
+            if self.prepare is not None:
+                self.prepare(worker, client)
+            loader = self.data.client_train_dataloader(client, broadcast.round)
+            worker.clock = self._clock(broadcast.round, loader)  # type: ignore[assignment]
+            keeper, rate = KeepOptimizers(before), LearningRateNote()
+            trainer = self._trainer(client, broadcast.round, [keeper, rate])
+            trainer.fit(worker, loader)
+        if trainer.global_step == 0:
+            raise ConfigError(
+                f"Client {client} did not do one optimizer step in round {broadcast.round}: it has fewer batches than "
+                "trainer.accumulate_grad_batches, or trainer.limit_train_batches is 0."
+            )
+        state = {name: tensor.detach().cpu().clone() for name, tensor in worker.state_dict().items()}
+        self._keep(client, broadcast.round, state, keeper.after)
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if not name.endswith("_step")}
+        metrics = {name.removesuffix("_epoch"): value for name, value in metrics.items()} | {"lr": rate.rate}
+        steps = trainer.global_step
+        release(trainer)
+        return Update(
+            client=client,
+            round=broadcast.round,
+            attempt=attempt,
+            state=state,
+            num_examples=self.data.num_examples(client),
+            num_steps=steps,
+            metrics=metrics,
+        )
+
+    def _keep(self, client: str, round: int, state: dict[str, Tensor], after: ClientState) -> None:
+        """Write what stays with the client."""
+        kept = after if self.federation.optimizer_state == "keep" else ClientState()
+        personal = self.federation.personal_names(list(state))
+        kept.personal = {name: state[name] for name in state if name in personal}
+        if rank_zero_only.rank in (0, None):
+            self.states.save(client, round, kept)
+
+    def _trainer(self, client: str, round: int, callbacks: list[L.Callback]) -> L.Trainer:
+        length = {"max_epochs": self.federation.local_epochs}
+        if self.federation.local_steps is not None:
+            length = {"max_epochs": -1, "max_steps": self.federation.local_steps}
+        text = f"round {round}/{self.federation.rounds} · {client}"
+        extra = [MeanBuffers(), LossOnBar(self.reporter, text), *copy.deepcopy(self.federation.client_callbacks)]
+        return inner_trainer(self.flags, callbacks=[*callbacks, *extra], limit_val_batches=0, **length)
+
+    def _clock(self, round: int, loader: Any) -> RunClock:
+        """Where this round stands in the run, as if the client had taken part in every round so far."""
+        federation = self.federation
+        batches = len(loader)
+        limit = self.flags.get("limit_train_batches")
+        if isinstance(limit, int):
+            batches = min(batches, limit)
+        elif isinstance(limit, float):
+            batches = max(1, int(batches * limit))
+        accumulate = int(self.flags.get("accumulate_grad_batches") or 1)
+        per_epoch = max(1, -(-batches // accumulate))
+        steps = federation.local_steps or federation.local_epochs * per_epoch
+        epochs = federation.local_epochs if federation.local_steps is None else steps / per_epoch
+        return RunClock(
+            round=round,
+            step=(round - 1) * steps,
+            epoch=int((round - 1) * epochs),
+            total_steps=federation.rounds * steps,
+        )
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """Drop what a safe file cannot hold (the functions of a LambdaLR)."""
+    return {name: value for name, value in state.items() if name != "lr_lambdas"} | (
+        {"lr_lambdas": [None] * len(state["lr_lambdas"])} if "lr_lambdas" in state else {}
+    )
+
+

@@ -1,0 +1,94 @@
+"""What a client keeps between rounds, on its own disk: optimizer state, personal tensors.
+
+One file per client and round. A version becomes current when its round is closed by a checkpoint that names it;
+after a crash the version named by the checkpoint holds, whatever else lies there.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fkd_med.errors import RunError
+from fkd_med.files import atomic_write_bytes
+
+
+@dataclass
+class ClientState:
+    """The state of one client after a round.
+
+    Args:
+        optimizers: state dicts of the optimizers, if the policy keeps them.
+        schedulers: state dicts of the schedulers, if the policy keeps them.
+        personal: tensors of the student that stay with the client.
+    """
+
+    optimizers: list[dict[str, Any]] = field(default_factory=list)
+    schedulers: list[dict[str, Any]] = field(default_factory=list)
+    personal: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to keep."""
+        return not (self.optimizers or self.schedulers or self.personal)
+
+
+class ClientStates:
+    """The states of all clients of a run, by client and round.
+
+    Args:
+        folder: holds ``<client>/state-<round>.pt``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.versions: dict[str, int] = {}
+
+    def path(self, client: str, round: int) -> Path:
+        """Return the file of a client's state after a round."""
+        return self.folder / client / f"state-{round:05d}.pt"
+
+    def load(self, client: str) -> ClientState:
+        """Return the current state of a client; an empty one before its first round.
+
+        Raises:
+            RunError: the file a checkpoint names is missing or damaged.
+        """
+        if client not in self.versions:
+            return ClientState()
+        path = self.path(client, self.versions[client])
+        try:
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+            return ClientState(stored["optimizers"], stored["schedulers"], stored["personal"])
+        except Exception as error:
+            raise RunError(
+                f"The state of client {client} after round {self.versions[client]} cannot be read from {path} "
+                f"({error}). Resume from another checkpoint, or start afresh with --overwrite."
+            ) from error
+
+    def save(self, client: str, round: int, state: ClientState) -> None:
+        """Write a client's state after a round and make it current."""
+        if state.is_empty:
+            return
+        buffer = io.BytesIO()
+        torch.save(vars(state), buffer)
+        path = self.path(client, round)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_bytes(path, buffer.getvalue())
+
+    def accept(self, client: str, round: int) -> None:
+        """Make the state of a round the current one, if one was written."""
+        if self.path(client, round).exists():
+            self.versions[client] = round
+
+    def prune(self, needed: set[tuple[str, int]]) -> None:
+        """Delete versions that neither is current nor a checkpoint (`needed`) names."""
+        keep = {self.path(client, round) for client, round in needed | set(self.versions.items())}
+        for path in self.folder.glob("*/state-*.pt"):
+            if path not in keep:
+                path.unlink(missing_ok=True)

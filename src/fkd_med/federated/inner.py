@@ -1,0 +1,58 @@
+"""The Trainers inside a run: one for each client and round, one for each teacher."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+
+from fkd_med.federated.quiet import quiet
+
+# What an inner Trainer takes over from the run's: hardware and numerics, never logging or checkpointing.
+INNER_FLAGS = (
+    "accelerator",
+    "strategy",
+    "devices",
+    "num_nodes",
+    "precision",
+    "sync_batchnorm",
+    "deterministic",
+    "benchmark",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "accumulate_grad_batches",
+    "use_distributed_sampler",
+    "limit_train_batches",
+)
+
+
+def inner_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy the flags an inner Trainer takes over; before the run's Trainer has used them, since it changes some."""
+    kept = {name: flags[name] for name in INNER_FLAGS if flags.get(name) is not None}
+    fast = flags.get("fast_dev_run")
+    if fast:  # one batch, as Lightning does for the run itself
+        kept["limit_train_batches"] = int(fast)
+        kept["limit_val_batches"] = int(fast)
+    return copy.deepcopy(kept)
+
+
+def inner_trainer(flags: Mapping[str, Any], **options: Any) -> L.Trainer:
+    """Build a silent Trainer with the run's hardware flags and `options`."""
+    silent: dict[str, Any] = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
+    with quiet():
+        return L.Trainer(**{**silent, **copy.deepcopy(dict(flags)), **options})
+
+
+def release(trainer: L.Trainer) -> None:
+    """Cut the reference cycles of a Trainer that is done, so that its model and optimizers are freed at once."""
+    trainer.strategy.optimizers = []
+    trainer.strategy._lightning_module = None
+    trainer.strategy.model = None

@@ -1,0 +1,273 @@
+"""The federated loop: Lightning's fit loop in which one epoch is one communication round.
+
+The only file that imports private Lightning names; ``tests/federated/test_lightning_contract.py`` holds them.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.trainer import call
+from lightning.pytorch.utilities import CombinedLoader
+
+from fkd_med.communication import Broadcast, Ledger, State
+from fkd_med.errors import ConfigError, FkdError, RunError, TrainingError
+from fkd_med.federated.client import ClientWorker
+from fkd_med.federated.client_data import ClientData, client_data
+from fkd_med.federated.client_state import ClientStates
+from fkd_med.federated.exchange import Exchange
+from fkd_med.federated.federation import Federation
+from fkd_med.modules import RunClock
+from fkd_med.seeding import global_seed
+
+if TYPE_CHECKING:
+    from fkd_med.federated.trainer import FederatedTrainer
+
+
+class RoundLoop(_TrainingEpochLoop):
+    """The inside of one epoch: counts rounds as steps, and owns the server's validation loop."""
+
+    @property
+    def global_step(self) -> int:
+        """The number of closed rounds."""
+        return int(self.batch_progress.total.completed)
+
+    def close_round(self) -> None:
+        """Count one round as one step; before evaluating, so that a checkpoint of the evaluation holds it."""
+        self.batch_progress.reset_on_run()
+        self.batch_progress.increment_ready()
+        self.batch_progress.increment_started()
+        self.batch_progress.increment_processed()
+        self.batch_progress.increment_completed()
+        self.batch_progress.is_last_batch = True
+        self._batches_that_stepped += 1
+
+    def evaluate(self) -> None:
+        """Run the server's validation, if this round is one to validate after."""
+        if self._should_check_val_epoch():
+            self.trainer.validating = True
+            self.val_loop.run()
+            self.trainer.training = True
+
+    def update_lr_schedulers(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: learning rates belong to clients."""
+
+
+class FederatedLoop(_FitLoop):
+    """Runs communication rounds: select, fit each client, aggregate, evaluate.
+
+    Args:
+        trainer: the server's trainer.
+        federation: the round recipe.
+    """
+
+    def __init__(self, trainer: FederatedTrainer, federation: Federation) -> None:
+        rounds = 1 if trainer.fast_dev_run else federation.rounds
+        super().__init__(trainer, min_epochs=trainer.min_epochs, max_epochs=rounds)
+        self.epoch_loop: RoundLoop = RoundLoop(trainer)
+        self.federation = federation
+        self.metrics: dict[str, float] = {}
+        self._restored: dict[str, Any] = {}
+        self._worker: ClientWorker | None = None
+
+    @property
+    def server(self) -> L.LightningModule:
+        """The module that holds the global student."""
+        return self.trainer.lightning_module
+
+    @property
+    def round(self) -> int:
+        """The open round, counted from 1."""
+        return int(self.epoch_progress.current.processed) + 1
+
+    # --- before the first round -------------------------------------------------------------------------------
+
+    def setup_data(self) -> None:
+        """Prepare clients, teachers and the exchange, once; Lightning calls this before the first round."""
+        if self._worker is not None:
+            return
+        trainer = self._federated_trainer
+        self.data: ClientData = client_data(trainer.datamodule)
+        self.clients = self.data.client_names()
+        self.states = ClientStates(trainer.run_dir.clients)
+        self._restore()
+        self.threads = self.federation.apply_threads()
+        ledger = Ledger(trainer.run_dir.ledger if trainer.is_global_zero else None)
+        ledger.drop_after(self.round - 1)
+        sections = self.federation.aggregator.required_sections if self.federation.aggregator else frozenset[str]()
+        state = self._state()
+        self.exchange = Exchange(state, sections, ledger, trainer.run_dir.journal, trainer.is_global_zero)
+        self._worker = ClientWorker(
+            module=self.server,
+            data=self.data,
+            federation=self.federation,
+            flags=trainer.inner_flags,
+            seed=global_seed(),
+            states=self.states,
+            reporter=trainer.reporter,
+            prepare=trainer.attach_teacher,
+        )
+        trainer.ensure_teachers(self.clients)
+        count = max(1, len(self.federation.select(self.clients, global_seed(), 1)))
+        self._combined_loader = CombinedLoader([])
+        self.max_batches = self.trainer.val_check_batch = count
+        left = int(self.max_epochs or 0) - self.round + 1
+        trainer.reporter.begin("rounds", max(0, left) * count)
+
+    @property
+    def _federated_trainer(self) -> FederatedTrainer:
+        trainer: FederatedTrainer = self.trainer  # type: ignore[assignment]
+        return trainer
+
+    @property
+    def _clients_worker(self) -> ClientWorker:
+        assert self._worker is not None, "setup_data comes first"
+        return self._worker
+
+    def _state(self) -> State:
+        """Copy the global student's tensors to the CPU."""
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.server.state_dict().items()}
+
+    # --- one round --------------------------------------------------------------------------------------------
+
+    def advance(self) -> None:
+        """Run one round."""
+        round = self.round
+        chosen = self.federation.select(self.clients, global_seed(), round)
+        self.max_batches = len(chosen)
+        broadcast = self._broadcast(round, chosen)
+        files = {client: self._fit(index, client, broadcast) for index, client in enumerate(chosen)}
+        self.trainer.strategy.barrier("updates")
+        self._combine(broadcast, {client: path for client, path in files.items() if path is not None})
+        self._close(round, chosen)
+        self.epoch_loop.evaluate()
+
+    def _broadcast(self, round: int, chosen: list[str]) -> Broadcast:
+        """Send the global student; alone, a client starts from what it has."""
+        message = Broadcast(round, self._state(), {})
+        self.metrics = {}
+        return message if self.federation.is_local else self.exchange.broadcast(message, chosen)
+
+    def _fit(self, index: int, client: str, broadcast: Broadcast) -> Path | None:
+        """Let one client train; return its update in the journal, or nothing if it trains alone."""
+        trainer = self._federated_trainer
+        trainer.reporter.show(f"round {broadcast.round}/{self.max_epochs} · {client}")
+        call._call_callback_hooks(trainer, "on_train_batch_start", client, index)
+        try:
+            update = self._clients_worker.fit(client, broadcast)
+        except FkdError:
+            raise
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"Client {client} ran out of device memory in round {broadcast.round}: lower data.batch_size or "
+                "data.image_size, or set trainer.precision to bf16-mixed."
+            ) from error
+        call._call_callback_hooks(trainer, "on_train_batch_end", None, client, index)
+        trainer.reporter.advance()
+        self.metrics |= {f"{client}/{name}": value for name, value in update.metrics.items()}
+        return None if self.federation.is_local else self.exchange.receive(update)
+
+    def _combine(self, broadcast: Broadcast, files: dict[str, Path]) -> None:
+        """Make the updates the next global student."""
+        if self.federation.aggregator is None:
+            return
+        state = self.federation.aggregator.aggregate(broadcast, self.exchange.updates(files))
+        self.server.load_state_dict(state)
+
+    def _close(self, round: int, chosen: list[str]) -> None:
+        """Count the round, accept what its clients keep, and show each client's own tensors to the evaluation."""
+        self.epoch_loop.close_round()
+        self.server.clock = RunClock(round=round)  # type: ignore[assignment]
+        for client in chosen:
+            self.states.accept(client, round)
+        if self.federation.is_local:
+            personal = getattr(self.server, "personal", None)
+            if personal is None:
+                raise ConfigError(
+                    f"aggregator: null keeps a student per client, which {type(self.server).__name__} cannot hold: "
+                    "derive your module from fkd_med.modules.SegmentationModule."
+                )
+            personal.by_client |= {client: self.states.load(client).personal for client in chosen}
+
+    def on_advance_end(self) -> None:
+        """Log the round, then let Lightning write checkpoints."""
+        round, trainer = self.round, self._federated_trainer
+        self.exchange.ledger.flush() if trainer.is_global_zero else None
+        ledger = self.exchange.ledger
+        self.metrics |= {f"bytes/{way}": float(ledger.total(round, None, way)) for way in ("up", "down")}  # type: ignore[arg-type]
+        self.metrics["bytes/total"] = float(ledger.total())
+        for logger in trainer.loggers:
+            logger.log_metrics(self.metrics, step=round)
+        self._report(round)
+        super().on_advance_end()
+        self.exchange.close_round(round)
+        if trainer.is_global_zero:
+            self.states.prune(trainer.needed_states())
+
+    def _report(self, round: int) -> None:
+        """Print the line of a closed round."""
+        trainer, shown = self._federated_trainer, self._federated_trainer.callback_metrics
+        dice = {c: float(shown[f"{c}/val_dice"]) for c in self.clients if f"{c}/val_dice" in shown}
+        losses = [v for k, v in self.metrics.items() if k.endswith("/train/loss")]
+        text = f"round {round}/{self.max_epochs} · loss {sum(losses) / max(1, len(losses)):.3f}"
+        if dice:
+            each = ", ".join(f"{client} {value:.3f}" for client, value in dice.items())
+            text += f" · Dice {float(shown['val/dice']):.3f} ({each})"
+        left = trainer.reporter.time_left()
+        trainer.reporter.line(text + (f" · {left} left" if round < int(self.max_epochs or 0) else ""))
+
+    # --- checkpoints ------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self) -> dict[str, Any]:
+        """Return what a closed round needs besides the student: aggregator, versions of client states, threads."""
+        state: dict[str, Any] = super().on_save_checkpoint()
+        aggregator = self.federation.aggregator
+        state["federation"] = {
+            "round": int(self.epoch_loop.global_step),
+            "aggregator": copy.deepcopy(aggregator.state_dict()) if aggregator else {},
+            "client_states": dict(self.states.versions),
+            "seed": global_seed(),
+            "threads": self.threads,
+        }
+        return state
+
+    def on_load_checkpoint(self, state_dict: dict[str, Any]) -> None:
+        """Keep what `on_save_checkpoint` returned until the clients are set up."""
+        super().on_load_checkpoint(state_dict)
+        if "federation" not in state_dict:
+            raise RunError(
+                "This checkpoint comes from a run without federation, so no round can be resumed from it. Resume it "
+                "with its own configuration, or start a federated run without --ckpt_path."
+            )
+        self._restored = state_dict["federation"]
+
+    def _restore(self) -> None:
+        if not self._restored:
+            return
+        stored, threads = self._restored, torch.get_num_threads()
+        if self.federation.threads is None and stored["threads"] != threads:
+            raise ConfigError(
+                f"This run used {stored['threads']} CPU threads and would now use {threads}, which changes bits: "
+                f"set federation.threads to {stored['threads']}."
+            )
+        if stored["seed"] != global_seed():
+            raise ConfigError(
+                f"This run was started with seed {stored['seed']} and would go on with {global_seed()}: "
+                f"give --seed_everything {stored['seed']}."
+            )
+        if self.federation.aggregator is not None:
+            self.federation.aggregator.load_state_dict(stored["aggregator"])
+        self.states.versions = {str(client): int(round) for client, round in stored["client_states"].items()}
+
+    def teardown(self) -> None:
+        """Take the progress bar away."""
+        self._federated_trainer.reporter.end()
+        super().teardown()
+
+

@@ -1,0 +1,98 @@
+"""What a person sees while a run lasts: stage, round, client, loss, Dice, time left."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def format_seconds(seconds: float) -> str:
+    """Format a duration as 1:05 or 2:03:10."""
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Reporter:
+    """Shows a live bar on a terminal, and a line for each finished piece of work everywhere.
+
+    Args:
+        console: where to write; standard output when left out.
+        enabled: False is silence.
+    """
+
+    def __init__(self, console: Console | None = None, enabled: bool = True) -> None:
+        self.console = console or Console(highlight=False)
+        self.enabled = enabled and rank_zero_only.rank in (0, None)
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._units = self._done = 0
+        self._started = 0.0
+
+    def begin(self, stage: str, units: int) -> None:
+        """Start a stage of `units` equal pieces (teacher epochs, rounds x clients)."""
+        self.end()
+        self._units, self._done, self._started = units, 0, time.monotonic()
+        if not self.enabled:
+            return
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self._progress.start()
+        self._task = self._progress.add_task(stage, total=units)
+
+    def show(self, text: str) -> None:
+        """Change the text beside the bar."""
+        if self._progress is not None:
+            self._progress.update(self._task, description=text)
+
+    def advance(self, units: int = 1) -> None:
+        """Count finished pieces."""
+        self._done += units
+        if self._progress is not None:
+            self._progress.advance(self._task, units)
+
+    def time_left(self) -> str:
+        """Return the time left in this stage, from the pace so far; empty before the first piece is done."""
+        if not self._done:
+            return ""
+        pace = (time.monotonic() - self._started) / self._done
+        return format_seconds(pace * max(0, self._units - self._done))
+
+    def line(self, text: str) -> None:
+        """Print a line that stays."""
+        if self.enabled:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def end(self) -> None:
+        """Take the bar away."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+class LossOnBar(L.Callback):
+    """Shows the running loss of an inner Trainer beside the bar."""
+
+    def __init__(self, reporter: Reporter, text: str) -> None:
+        self.reporter, self.text = reporter, text
+        self._last = 0.0
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """Refresh twice a second: reading a loss waits for the device."""
+        now = time.monotonic()
+        if now - self._last > 0.5:
+            self._last = now
+            loss = trainer.callback_metrics.get("train/loss_step", trainer.callback_metrics.get("train/loss"))
+            self.reporter.show(self.text + (f" · loss {float(loss):.3f}" if loss is not None else ""))

@@ -1,0 +1,51 @@
+"""Silence for the many small Trainers inside a run: each would print several lines per client and round."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_LOGGERS = (
+    "lightning.pytorch",
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.pytorch.accelerators.cuda",
+    "lightning.fabric",
+    "lightning.fabric.utilities.rank_zero",
+    "lightning_utilities.core.rank_zero",
+)
+
+# What Lightning says of any inner Trainer, true and expected here.
+_EXPECTED = (
+    ".*does not have many workers.*",
+    ".*smaller than the logging interval.*",
+    ".*GPU available but not used.*",
+    ".*in eval mode at the start of training.*",
+    ".*configure_optimizers.*returned.*None.*",
+    ".*exists and is not empty.*",
+    ".*tensorboardX.*",
+    ".*logger=False.*",
+    ".*no logger configured.*",
+    ".*resuming from a checkpoint that ended before the epoch ended.*",
+    ".*Trainer already configured with model summary.*",
+    ".*callbacks used to create the checkpoint.*",
+    ".*isinstance.treespec, LeafSpec.*",
+)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Mute Lightning's notices, and the warnings that say nothing new, inside the block."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for message in _EXPECTED:
+                warnings.filterwarnings("ignore", message)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

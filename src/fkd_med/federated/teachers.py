@@ -1,0 +1,321 @@
+"""Each client's big teacher, trained once on its own images and kept where several runs can share it."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import fcntl
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from fkd_med.checkpoints import SafeCheckpointIO
+from fkd_med.errors import ConfigError, RunError
+from fkd_med.federated.client_data import ClientData
+from fkd_med.federated.inner import inner_trainer, release
+from fkd_med.federated.progress import LossOnBar, Reporter
+from fkd_med.federated.quiet import quiet
+from fkd_med.files import atomic_write_bytes, atomic_write_text
+from fkd_med.modules import SegmentationModule, TeacherSource
+from fkd_med.seeding import global_seed, seeded
+
+POOLED = "all-clients"
+
+
+class TeacherStage(TeacherSource):
+    """Trains one teacher per client, once, and keeps it in a store that several runs share.
+
+    A teacher is found again by a key: the client's images, the module's whole configuration, the seed, the
+    preprocessing, the precision and the network's tensors; never by devices or paths.
+
+    Args:
+        module: how a teacher is trained; each client trains a copy of it.
+        epochs: epochs over the client's training images; the weights of the best validation Dice are kept.
+        store: folder of the teachers, outside the run directory.
+        checkpoints: teachers you bring, by client; Lightning checkpoints, state dicts or safetensors files.
+    """
+
+    def __init__(
+        self,
+        module: SegmentationModule,
+        epochs: int = 50,
+        store: str = "teachers",
+        checkpoints: dict[str, str] | None = None,
+    ) -> None:
+        if epochs < 1:
+            raise ConfigError(f"The teacher's epochs are {epochs}: give 1 or more.")
+        self.module = module
+        self.epochs = epochs
+        self.store = Path(store)
+        self.checkpoints = {client: Path(path) for client, path in (checkpoints or {}).items()}
+        self.files: dict[str, Path] = {}
+
+    def ensure(self, client: str | None, data: Any, **options: Any) -> Path:
+        """Return a client's teacher, from the store or the checkpoints given, training it if there is none.
+
+        Args:
+            client: the client; ``None`` is the pool of all clients.
+            data: the client data.
+            options: ``flags`` of the inner Trainer, ``reporter``, ``log`` (called with metrics and epoch).
+
+        Raises:
+            RunError: a given checkpoint is missing, damaged or of another architecture.
+        """
+        name = client or POOLED
+        if name in self.checkpoints:
+            self._read(self.checkpoints[name], name)
+            self.files[name] = self.checkpoints[name]
+            return self.files[name]
+        flags = options.get("flags", {})
+        key, description = self._key(client, data, flags)
+        folder = self.store / f"{name}-{key[:16]}"
+        path = folder / "teacher.safetensors"
+        reporter = options.get("reporter") or Reporter(enabled=False)
+        with self._locked(folder):
+            if self._is_valid(path, key):
+                reporter.line(f"teacher of {name}: found in {folder}")
+                reporter.advance(self.epochs)
+            else:
+                self._train(client, data, folder, key, description, {**options, "flags": flags, "reporter": reporter})
+        self.files[name] = path
+        return path
+
+    def check_names(self, clients: list[str]) -> None:
+        """Refuse checkpoints for clients that do not exist.
+
+        Raises:
+            ConfigError: names the unknown client and the nearest known ones.
+        """
+        for name in self.checkpoints:
+            if name not in [*clients, POOLED]:
+                close = difflib.get_close_matches(name, clients, cutoff=0.4) or clients
+                raise ConfigError(
+                    f"The teacher's checkpoints name client {name!r}, which does not exist; "
+                    f"known are {', '.join(close)}."
+                )
+
+    def load(self, client: str | None) -> nn.Module:
+        """Return a client's teacher network; call `ensure` first."""
+        name = client or POOLED
+        network = copy.deepcopy(self.module.network)
+        network.load_state_dict(self._read(self.files[name], name))
+        return network
+
+    # --- the key ----------------------------------------------------------------------------------------------
+
+    def _key(self, client: str | None, data: ClientData, flags: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Return the key and, readable, what went into it."""
+        description = {
+            "images": data.fingerprint(client),
+            "module": describe(self.module),
+            "epochs": self.epochs,
+            "seed": global_seed(),
+            "batch_size": getattr(data, "batch_size", None),
+            "augmentation": describe_augmentation(getattr(data, "augmentation", None)),
+            **{
+                name: str(flags[name])
+                for name in ("precision", "gradient_clip_val", "accumulate_grad_batches", "limit_train_batches")
+                if name in flags
+            },
+        }
+        text = json.dumps(description, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest(), description
+
+    def _is_valid(self, path: Path, key: str) -> bool:
+        note = path.with_suffix(".json")
+        try:
+            stored = json.loads(note.read_text())
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            return bool(stored["key"] == key and stored["sha256"] == digest)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    # --- training ---------------------------------------------------------------------------------------------
+
+    def _train(
+        self, client: str | None, data: ClientData, folder: Path, key: str, description: Any, options: dict[str, Any]
+    ) -> None:
+        name, reporter = client or POOLED, options["reporter"]
+        module = copy.deepcopy(self.module)
+        fast = options["flags"].get("limit_val_batches")
+        epochs = 1 if fast else self.epochs
+        best = ModelCheckpoint(
+            dirpath=folder / "training", filename="best", monitor="val/dice", mode="max", save_last=True,
+            enable_version_counter=False,
+        )  # fmt: skip
+        curve = TeacherCurve(name, epochs, reporter, options.get("log"))
+        with seeded(global_seed(), "teacher", name), quiet():
+            trainer = inner_trainer(
+                options["flags"],
+                max_epochs=epochs,
+                callbacks=[best, curve, LossOnBar(reporter, f"teacher · {name}")],
+                enable_checkpointing=True,
+                plugins=[SafeCheckpointIO()],
+                default_root_dir=folder,
+            )
+            last = folder / "training" / "last.ckpt"
+            resume = str(last) if last.exists() else None
+            train, val = data.client_train_dataloader(client, -1), data.client_val_dataloader(client)
+            trainer.fit(module, train, val, ckpt_path=resume)
+        self._store(folder, best.best_model_path, module, name, key, description, curve)
+        release(trainer)
+        trainer.strategy.barrier("teacher")
+
+    def _store(
+        self, folder: Path, best: str, module: SegmentationModule, name: str, key: str, description: Any,
+        curve: TeacherCurve,
+    ) -> None:  # fmt: skip
+        """Write weights, then the note that makes them valid; then drop the training checkpoints."""
+        if rank_zero_only.rank not in (0, None):
+            return
+        state = self._read(Path(best), name) if best else module.network.state_dict()
+        data = save({k: v.detach().cpu().contiguous().clone() for k, v in state.items()})
+        atomic_write_bytes(folder / "teacher.safetensors", data)
+        note = {
+            "key": key,
+            "client": name,
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "best_val_dice": curve.best,
+            "curve": curve.rows,
+            "description": description,
+        }
+        atomic_write_text(folder / "teacher.json", json.dumps(note, indent=1, default=str))
+        for path in (folder / "training").glob("*"):
+            path.unlink()
+        (folder / "training").rmdir()
+
+    @contextmanager
+    def _locked(self, folder: Path) -> Iterator[None]:
+        """Let one process at a time train this teacher; others wait and then find it."""
+        if rank_zero_only.rank not in (0, None):
+            yield
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = open(folder / "lock", "w")  # noqa: SIM115
+        except OSError as error:
+            raise RunError(f"The teacher store {self.store} cannot be written ({error}): name another folder.") from error
+        with handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            handle.write(str(os.getpid()))
+            yield
+
+    # --- reading ----------------------------------------------------------------------------------------------
+
+    def _read(self, path: Path, name: str) -> dict[str, Tensor]:
+        """Read a teacher's tensors and check that they fit the network."""
+        state = _network_state(read_tensors(path, name))
+        wanted = self.module.network.state_dict()
+        missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+        shapes = [k for k in sorted(wanted.keys() & state.keys()) if wanted[k].shape != state[k].shape]
+        if missing or extra or shapes:
+            first = (
+                f"tensor {shapes[0]} is {tuple(state[shapes[0]].shape)} there and "
+                f"{tuple(wanted[shapes[0]].shape)} here"
+                if shapes
+                else f"missing {', '.join(missing[:3]) or 'nothing'}, unknown {', '.join(extra[:3]) or 'nothing'}"
+            )
+            raise RunError(
+                f"The teacher of {name} in {path} does not fit {type(self.module.network).__name__}, the network of "
+                f"model.teacher.module: {first}. Configure the architecture it was trained with, or give another file."
+            )
+        return state
+
+
+class TeacherCurve(L.Callback):
+    """Reports each epoch of a teacher's training, on the teacher's own step axis: epochs."""
+
+    def __init__(self, name: str, epochs: int, reporter: Reporter, log: Any = None) -> None:
+        self.name, self.epochs, self.reporter, self.log = name, epochs, reporter, log
+        self.rows: list[dict[str, float]] = []
+        self.best = float("nan")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count epochs that an earlier, interrupted training has done."""
+        self.reporter.advance(trainer.current_epoch)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the epoch, and print the last one."""
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k in ("val/dice", "val/loss")}
+        if "train/loss_epoch" in trainer.callback_metrics:
+            metrics["train/loss"] = float(trainer.callback_metrics["train/loss_epoch"])
+        epoch = trainer.current_epoch + 1
+        self.rows.append({"epoch": epoch, **metrics})
+        self.best = max([row["val/dice"] for row in self.rows if "val/dice" in row], default=float("nan"))
+        if self.log is not None and trainer.is_global_zero:
+            self.log({f"teacher/{self.name}/{k}": v for k, v in metrics.items()}, epoch)
+        self.reporter.advance()
+        if epoch == self.epochs:
+            left = self.reporter.time_left()
+            self.reporter.line(
+                f"teacher of {self.name}: {epoch} epochs, best validation Dice {self.best:.3f}"
+                + (f", {left} left for teachers" if left not in ("", "0:00") else "")
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the curve so far."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the curve of an interrupted training."""
+        self.rows = list(state_dict["rows"])
+
+
+def describe(module: SegmentationModule) -> dict[str, Any]:
+    """Describe all that decides what a module's training gives, from the objects themselves."""
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = module.optimizer([parameter])
+    described: dict[str, Any] = {
+        "network": str(module.network),
+        "tensors": {k: [str(v.dtype), *v.shape] for k, v in module.network.state_dict().items()},
+        "loss": [str(module.loss), {k: str(v) for k, v in vars(module.loss).items() if not k.startswith("_")}],
+        "optimizer": [type(optimizer).__name__, {k: str(v) for k, v in optimizer.defaults.items()}],
+    }
+    if module.scheduler is not None:
+        scheduler = module.scheduler(optimizer)
+        kept = {k: str(v) for k, v in vars(scheduler).items() if isinstance(v, int | float | str | list)}
+        described["scheduler"] = [type(scheduler).__name__, kept, module.scheduler_interval]
+    return described
+
+
+def describe_augmentation(augmentation: Any) -> Any:
+    """Describe the transforms of an augmentation, or return None."""
+    if augmentation is None:
+        return None
+    stages = {k: v for k, v in vars(augmentation).items() if v is not None}
+    return {k: str(v.to_dict()) if hasattr(v, "to_dict") else str(v) for k, v in sorted(stages.items())}
+
+
+def read_tensors(path: Path, name: str) -> Mapping[str, Any]:
+    """Read tensors from a safetensors file or a torch file without executing anything in it."""
+    try:
+        if path.suffix == ".safetensors":
+            return load(path.read_bytes())
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        return stored.get("state_dict", stored)  # type: ignore[no-any-return]
+    except FileNotFoundError as error:
+        raise RunError(f"The teacher of {name}, {path}, does not exist: correct model.teacher.checkpoints.") from error
+    except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError, AttributeError, EOFError) as error:
+        raise RunError(
+            f"The teacher of {name} in {path} cannot be read as tensors ({str(error).splitlines()[0]}): give a "
+            "Lightning checkpoint, a state dict or a safetensors file."
+        ) from error
+
+
+def _network_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Take the network's tensors out of a LightningModule's state dict."""
+    inside = {k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")}
+    return inside or dict(state)

@@ -1,0 +1,161 @@
+"""The server's Trainer: Lightning's, whose epochs are communication rounds when a federation is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+
+from fkd_med.checkpoints import SafeCheckpointIO, read_checkpoint
+from fkd_med.errors import ConfigError
+from fkd_med.federated.federation import Federation
+from fkd_med.federated.inner import inner_flags
+from fkd_med.federated.loop import FederatedLoop
+from fkd_med.federated.progress import Reporter
+from fkd_med.federated.quiet import quiet
+from fkd_med.modules import DistillationModule
+from fkd_med.rundir import RunDir
+
+# Callbacks that act on an optimizer, which the server does not have.
+_CLIENT_ONLY = (
+    LearningRateMonitor,
+    L.pytorch.callbacks.StochasticWeightAveraging,
+    L.pytorch.callbacks.WeightAveraging,
+    L.pytorch.callbacks.GradientAccumulationScheduler,
+    L.pytorch.callbacks.LearningRateFinder,
+    L.pytorch.callbacks.BatchSizeFinder,
+    L.pytorch.callbacks.BackboneFinetuning,
+)
+_STRATEGIES = "auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false"
+
+
+class FederatedTrainer(L.Trainer):
+    """A Lightning Trainer whose epochs are federated rounds when a federation is given.
+
+    Checkpoints, early stopping, loggers, ``max_time`` and callbacks on epochs and validation work on the server;
+    callbacks on batches, gradients or optimizers belong to ``federation.client_callbacks``.
+
+    Args:
+        federation: the round recipe; null trains centrally, as Lightning does.
+        kwargs: those of `lightning.Trainer`.
+    """
+
+    def __init__(self, *args: Any, federation: Federation | None = None, **kwargs: Any) -> None:
+        self.federation = federation
+        self.flags = dict(kwargs)
+        self.inner_flags = inner_flags(kwargs)  # before super().__init__: used Strategy objects are refused later
+        if federation is not None:
+            kwargs = self._server_flags(federation, kwargs)
+        kwargs["plugins"] = [*_as_list(kwargs.get("plugins")), SafeCheckpointIO()]
+        super().__init__(*args, **kwargs)
+        self.run_dir = RunDir(self.default_root_dir)
+        self.reporter = Reporter(enabled=federation is not None)
+        if federation is not None:
+            self.fit_loop = FederatedLoop(self, federation)
+
+    @staticmethod
+    def _server_flags(federation: Federation, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Refuse flags a server cannot honour; take the number of rounds and Lightning's bar from the federation."""
+        for name in ("max_epochs", "max_steps", "overfit_batches", "reload_dataloaders_every_n_epochs"):
+            if kwargs.get(name) not in (None, -1, 0, 0.0):
+                advice = "federation.rounds is the number of rounds" if name.startswith("max") else "it has no meaning"
+                raise ConfigError(f"trainer.{name} cannot be set together with a federation: {advice}. Remove it.")
+        strategy = kwargs.get("strategy")
+        if isinstance(strategy, str) and strategy not in _STRATEGIES:
+            raise ConfigError(f"trainer.strategy {strategy} cannot run inside a federation: use ddp, or one device.")
+        for callback in _as_list(kwargs.get("callbacks")):
+            if isinstance(callback, _CLIENT_ONLY):
+                raise ConfigError(
+                    f"{type(callback).__name__} acts on an optimizer, which the server of a federation does not have: "
+                    "move it from trainer.callbacks to federation.client_callbacks."
+                )
+        defaults = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        return {**defaults, **given, "max_epochs": federation.rounds}
+
+    # --- fit --------------------------------------------------------------------------------------------------
+
+    def fit(self, model: L.LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Train: rounds of a federation if there is one, epochs otherwise. Arguments as Lightning's."""
+        if self.federation is None:
+            super().fit(model, *args, **kwargs)
+            return
+        with serving(model), quiet():
+            super().fit(model, *args, **kwargs)
+
+    def ensure_teachers(self, clients: list[str]) -> None:
+        """Train the teachers that the module distils from and that do not exist yet."""
+        module = self.lightning_module
+        source = getattr(module, "teacher_source", None)
+        if not isinstance(module, DistillationModule) or not module.active_losses:
+            return
+        if source is None:
+            raise ConfigError("Distillation needs a teacher for each client: give model.teacher.")
+        check = getattr(source, "check_names", None)
+        if check is not None:
+            check(clients)
+        epochs = getattr(source, "epochs", 1)
+        self.reporter.begin("teachers", len(clients) * epochs)
+        for client in clients:
+            source.ensure(client, self.datamodule, **self.teacher_options())  # type: ignore[attr-defined]
+        self.reporter.end()
+
+    def teacher_options(self) -> dict[str, Any]:
+        """Return how teachers are trained in this run: flags, progress, and where their curves go."""
+        return {"flags": self.inner_flags, "reporter": self.reporter, "log": self._log_teacher}
+
+    def attach_teacher(self, module: L.LightningModule, client: str) -> None:
+        """Give a client's copy of the module that client's teacher."""
+        if isinstance(module, DistillationModule) and module.active_losses and module.teacher_source is not None:
+            module.attach_teacher(module.teacher_source.load(client))
+
+    def _log_teacher(self, metrics: dict[str, float], epoch: int) -> None:
+        for logger in self.loggers:
+            log = getattr(logger, "log_teacher", None)
+            if log is not None:
+                log(metrics, epoch)
+
+    # --- what checkpoints need --------------------------------------------------------------------------------
+
+    def needed_states(self) -> set[tuple[str, int]]:
+        """Return the (client, round) states that checkpoints on disk would resume from."""
+        needed: set[tuple[str, int]] = set()
+        for callback in self.checkpoint_callbacks:
+            if not isinstance(callback, ModelCheckpoint):
+                continue
+            paths = {callback.best_model_path, callback.last_model_path, *callback.best_k_models}
+            for path in paths:
+                if path and Path(path).exists():
+                    needed |= self._states_in(path)
+        return needed
+
+    def _states_in(self, path: str) -> set[tuple[str, int]]:
+        key = (path, Path(path).stat().st_mtime_ns)
+        cache: dict[tuple[str, int], set[tuple[str, int]]] = self.__dict__.setdefault("_states_cache", {})
+        if key not in cache:
+            loops = read_checkpoint(path, "cpu").get("loops", {})
+            stored = loops.get("fit_loop", {}).get("state_dict", {}).get("federation", {})
+            cache[key] = set(stored.get("client_states", {}).items())
+        return cache[key]
+
+
+@contextmanager
+def serving(module: L.LightningModule) -> Iterator[None]:
+    """Keep the server's module from building an optimizer that nobody would use."""
+    module.configure_optimizers = lambda: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        module.__dict__.pop("configure_optimizers", None)
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+

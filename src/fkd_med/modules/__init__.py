@@ -1,0 +1,16 @@
+"""LightningModules: SegmentationModule for teachers and plain students, DistillationModule for taught students."""
+
+from fkd_med.modules.distillation import DistillationModule
+from fkd_med.modules.schedule import RunClock, WarmupCosine
+from fkd_med.modules.segmentation import SegmentationModule, predict_classes
+from fkd_med.modules.teacher import TeacherSource, freeze
+
+__all__ = [
+    "DistillationModule",
+    "RunClock",
+    "SegmentationModule",
+    "TeacherSource",
+    "WarmupCosine",
+    "freeze",
+    "predict_classes",
+]
