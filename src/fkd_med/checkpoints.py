@@ -86,23 +86,14 @@ def read_checkpoint(path: str | Path, map_location: Any | None = "cpu") -> dict[
     path = Path(path)
     try:
         with open(path, "rb") as file:
-            stored = _stored_digest(file)
-            if stored and stored != _digest(file):
-                raise RunError(f"Checkpoint {path} was altered or damaged: its checksum does not match. {_ADVICE}")
+            _verify(file, path)
             file.seek(0)
-            if file.read(4) != b"PK\x03\x04":
-                raise RunError(f"{path} is not a checkpoint, or one in torch's format before 1.6. {_ADVICE}")
-            file.seek(0)
-            checkpoint = torch.load(file, map_location=map_location or "cpu", weights_only=True)
+            checkpoint = _load(file, path, map_location or "cpu")
     except FileNotFoundError as error:
         gone = " (it links to a file that is gone)" if path.is_symlink() else ""
         raise RunError(f"There is no checkpoint {path}{gone}. Check the path, or start without it.") from error
     except OSError as error:
         raise RunError(f"Checkpoint {path} cannot be read: {error.strerror}. Check the path.") from error
-    except RunError:
-        raise
-    except Exception as error:
-        raise RunError(_why_unreadable(path, error)) from error
     if not isinstance(checkpoint, dict):
         raise RunError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint. {_ADVICE}")
     return checkpoint
@@ -119,7 +110,7 @@ def checkpoint_digest(path: str | Path) -> str:
             digest = _stored_digest(file)
     except OSError as error:
         raise RunError(f"Checkpoint {path} cannot be read: {error.strerror}. Check the path.") from error
-    if not digest:
+    if len(digest) != 64:
         raise RunError(f"Checkpoint {path} carries no checksum: it is damaged or not from fkd-med. {_ADVICE}")
     return digest
 
@@ -153,28 +144,45 @@ def _digest(file: BinaryIO) -> str:
 
 
 def _stored_digest(file: BinaryIO) -> str:
+    """The digest in the zip's comment, or "" if there is none; "cut" if the comment is not as long as announced."""
     size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - _COMMENT))
-    comment = file.read(_COMMENT)
+    file.seek(max(0, size - 22 - _COMMENT))
+    _, end, rest = file.read().rpartition(_END)
+    comment = rest[18:]
+    if end and int.from_bytes(rest[16:18], "little") != len(comment):
+        return "cut"
     match = re.fullmatch(_TAG + rb"([0-9a-f]{64})", comment)
     return match[1].decode() if match else ""
 
 
-def _why_unreadable(path: Path, error: Exception) -> str:
-    if isinstance(error, UnpicklingError):
+def _verify(file: BinaryIO, path: Path) -> None:
+    stored = _stored_digest(file)
+    if stored and stored != _digest(file):
+        raise RunError(f"Checkpoint {path} was altered or damaged: its checksum does not match. {_ADVICE}")
+    file.seek(0)
+    if file.read(4) != b"PK\x03\x04":
+        raise RunError(f"{path} is not a checkpoint, or one in torch's format before 1.6. {_ADVICE}")
+
+
+def _load(file: BinaryIO, path: Path, map_location: Any) -> Any:
+    try:
+        return torch.load(file, map_location=map_location, weights_only=True)
+    except UnpicklingError as error:
         match = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f" ({match[1]})" if match else ""
-        return (
+        raise RunError(
             f"Checkpoint {path} holds Python objects{what}, which fkd-med never loads: they could run any code. "
             f"Nothing was executed. {_ADVICE}"
-        )
-    return f"Checkpoint {path} is truncated or damaged ({str(error).splitlines()[0][:100]}). {_ADVICE}"
+        ) from error
+    except Exception as error:  # a damaged zip gives errors of many kinds
+        first = (str(error).splitlines() or [""])[0][:100]
+        raise RunError(f"Checkpoint {path} is truncated or damaged ({first}). {_ADVICE}") from error
 
 
 def _culprit(checkpoint: Any, error: Exception) -> str:
     """The first key that holds something else than plain containers and tensors, or else the error itself."""
     found = _find_foreign(checkpoint, "")
-    return found or str(error).splitlines()[0][:200]
+    return found or (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _find_foreign(value: Any, key: str) -> str:

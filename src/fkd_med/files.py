@@ -26,6 +26,7 @@ _REMEDIES = {
     errno.EACCES: "You may not write there: choose another folder or change its permissions",
     errno.EPERM: "You may not write there: choose another folder or change its permissions",
     errno.ENOTDIR: "A part of that path is a file: choose another folder",
+    errno.EEXIST: "A part of that path is a file: choose another folder",
     errno.EISDIR: "A folder has that name: move it away or choose another path",
 }
 

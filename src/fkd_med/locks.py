@@ -78,8 +78,10 @@ def holder_of(path: str | Path, what: str) -> Holder | None:
     """Return the process that holds the lock file `path`, or ``None`` if nobody does or the holder is gone."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise write_error(Path(path), error) from error
     try:
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_SH)

@@ -26,7 +26,8 @@ _LOCK = ".fkd-lock"
 _FOLDERS = ("journal", "checkpoints", "clients", "pictures")
 # Removed by --overwrite, in this order: once the first are gone, nobody can resume what is left of the old run.
 _OURS = ("checkpoints", "journal", "student.ckpt", "clients", "ledger.csv", "images.csv", "metrics.csv", "pictures",
-         "manifest.csv", "config.yaml")  # fmt: skip
+         "report.md", "manifest.csv", "config.yaml")  # fmt: skip
+_BASELINE = "local"  # the run inside a run in which every client trains alone
 
 
 class RunDir:
@@ -107,6 +108,24 @@ class RunDir:
         """Return whether a run of ours lies here with anything in it."""
         return (self.path / _MARKER).is_file() and not self._is_empty()
 
+    def check(self, overwrite: bool = False, resume: bool = False) -> None:
+        """Say whether `create` would refuse, and change nothing: for before any long work.
+
+        Raises:
+            RunError: as `create`.
+        """
+        if overwrite and resume:
+            raise RunError(f"{self.path}: resuming and overwriting exclude each other; give one of the two.")
+        self._refuse_strangers()
+        self._refuse_other_process()
+        if resume and not self.exists():
+            raise RunError(f"There is no run to resume in {self.path}. Start it without `--ckpt_path last`.")
+        if not (overwrite or resume or self._is_empty()):
+            raise RunError(
+                f"The run {self.path} exists already. Continue it with `--ckpt_path last`, "
+                "replace it with `--overwrite`, or choose another folder."
+            )
+
     def create(self, overwrite: bool = False, resume: bool = False) -> None:
         """Make the folder ready for a run; all of it, or nothing.
 
@@ -118,21 +137,11 @@ class RunDir:
             RunError: a run is here and neither was asked for; nothing to resume; the folder holds other things;
                 another process uses it; it cannot be written. The message gives the remedy.
         """
-        if overwrite and resume:
-            raise RunError(f"{self.path}: resuming and overwriting exclude each other; give one of the two.")
-        self._refuse_strangers()
-        self._refuse_other_process()
+        self.check(overwrite, resume)
         if resume:
-            if not self.exists():
-                raise RunError(f"There is no run to resume in {self.path}. Start it without `--ckpt_path last`.")
             remove_leftovers(self.path)
         elif overwrite:
             self._remove_ours()
-        elif not self._is_empty():
-            raise RunError(
-                f"The run {self.path} exists already. Continue it with `--ckpt_path last`, "
-                "replace it with `--overwrite`, or choose another folder."
-            )
         with self._nothing_half_made():
             atomic_write_text(self.path / _MARKER, json.dumps({"format": "fkd-med run", "version": 1}) + "\n")
             for folder in _FOLDERS:
@@ -174,6 +183,9 @@ class RunDir:
             )
 
     def _remove_ours(self) -> None:
+        baseline = RunDir(self.path / _BASELINE)
+        if (baseline.path / _MARKER).is_file():
+            baseline._remove_ours()
         try:
             for name in _OURS:
                 path = self.path / name

@@ -295,7 +295,7 @@ data:
 """
 
 
-@pytest.mark.filterwarnings("ignore::jsonargparse.JsonargparseWarning")  # albumentations' tuples become lists
+@pytest.mark.filterwarnings("ignore::UserWarning")  # albumentations' tuples become lists
 def test_everything_can_be_said_in_yaml(tmp_path: Path) -> None:
     parser = jsonargparse.ArgumentParser()
     parser.add_class_arguments(FederatedDataModule, "data")

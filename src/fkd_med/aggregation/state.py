@@ -6,6 +6,7 @@ number of threads nor on vector width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -40,11 +41,16 @@ def assert_finite(state: Mapping[str, Tensor], owner: str) -> None:
         TrainingError: naming `owner` and the first tensor that is not finite.
     """
     for name, tensor in state.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not _is_finite(tensor):
             raise TrainingError(
                 f"{owner}: tensor '{name}' holds NaN or infinity. Its training diverged: lower the learning rate, "
                 "clip gradients, or look at its images with `fkd check-data`."
             )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # One NaN or infinity makes the sum one, and a sum needs no mask; float64 itself may overflow, hence the rest.
+    return math.isfinite(tensor.sum(dtype=torch.float64).item()) or bool(torch.isfinite(tensor).all())
 
 
 def cast_like(values: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> State:

@@ -118,12 +118,20 @@ def check_data(
     return DataReport(clients, coding, [[one.row.id for one in group] for group in duplicates], errors, warnings)
 
 
+class _Collector(logging.Handler):
+    def __init__(self, found: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self.found = found
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.found.append(record.getMessage())
+
+
 @contextmanager
 def collected_warnings() -> Iterator[list[str]]:
     """Collect what layouts log in the block (what they leave out), for `check_data`'s notes, instead of printing."""
     found: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda entry: found.append(entry.getMessage())  # type: ignore[method-assign]
+    handler = _Collector(found)
     logger = logging.getLogger("fkd_med.data")
     before = logger.propagate
     logger.addHandler(handler)
@@ -138,7 +146,7 @@ def collected_warnings() -> Iterator[list[str]]:
 def render(report: DataReport, console: Console | None = None) -> None:
     """Print a report: counts, then formats and masks per client, then errors and warnings."""
     console = console or Console()
-    counts = Table("client", *(f"{split}" for split in SPLITS), "patients", title="Images per client and split")
+    counts = Table("client", *(f"{split}" for split in SPLITS), "patients of each", title="Images per client and split")
     for client in report.clients:
         patients = "/".join(str(client.patients[split]) for split in SPLITS)
         counts.add_row(client.client, *(str(client.images[split]) for split in SPLITS), patients)
@@ -233,8 +241,11 @@ def _oddities(clients: Sequence[ClientReport], manifest: Manifest) -> list[str]:
 
 
 def _contents(client: ClientReport) -> list[str]:
-    sizes = [f"{width}x{height} ({number})" for (width, height), number in client.sizes.most_common()]
+    sizes = ", ".join(f"{width}x{height} ({number})" for (width, height), number in client.sizes.most_common())
+    if len(client.sizes) > 3:
+        widths, heights = zip(*client.sizes, strict=True)
+        sizes = f"{min(widths)}x{min(heights)} to {max(widths)}x{max(heights)} ({len(client.sizes)} sizes)"
     modes = [f"{mode} ({number})" for mode, number in client.modes.most_common()]
     values = [str(value) for value in sorted(client.mask_values)]
     shown = ", ".join(values) if len(values) <= 8 else f"{values[0]} to {values[-1]} ({len(values)} values)"
-    return [client.client, listing(sizes, 2), listing(modes, 2), shown, f"{client.foreground:.1%}", str(client.empty)]
+    return [client.client, sizes, listing(modes, 3), shown, f"{client.foreground:.1%}", str(client.empty)]

@@ -17,6 +17,7 @@ from fkd_med.data.images import read_image, read_mask
 from fkd_med.data.manifest import Manifest, ManifestRow
 from fkd_med.data.masks import MaskCoding
 from fkd_med.data.records import Record
+from fkd_med.errors import DataError
 from fkd_med.files import atomic_write_bytes
 
 _CELL = 200  # pixels, the longer side of an image
@@ -42,25 +43,19 @@ def contact_sheet(
         per_client: Images per row.
 
     Raises:
-        DataError: A file cannot be read.
-        RunError: The sheet cannot be written.
+        RunError: The sheet cannot be written. A damaged image is an empty cell; `check_data` names it.
     """
     by_id = {record.id: record for record in records}
-    clients = manifest.clients()
-    width = per_client * (_CELL + _GAP) + _GAP
-    row_height = _CELL + 2 * _LINE + 2 * _GAP
-    sheet = Image.new("RGB", (width, row_height * len(clients) + _GAP), _PAPER)
-    draw = ImageDraw.Draw(sheet)
-    for number, client in enumerate(clients):
+    strips = []
+    for client in manifest.clients():
         rows = [row for row in manifest.rows if row.client == client]
-        top = _GAP + number * row_height
-        draw.text((_GAP, top), f"{client}: {len(rows)} images", _INK, _font(14))
-        for column, row in enumerate(_spread(rows, per_client)):
-            left = _GAP + column * (_CELL + _GAP)
-            picture = _picture(by_id[row.id], coding)
-            sheet.paste(picture, (left, top + _LINE + 2))
-            label = _fitted(f"{row.id} ({row.split})", _font(11))
-            draw.text((left, top + _LINE + 2 + picture.height + 1), label, _PALE, _font(11))
+        cells = [(f"{row.id} ({row.split})", _picture(by_id[row.id], coding)) for row in _spread(rows, per_client)]
+        strips.append(_strip(f"{client}: {len(rows)} images", cells, per_client))
+    sheet = Image.new("RGB", (strips[0].width, sum(strip.height for strip in strips)), _PAPER)
+    top = 0
+    for strip in strips:
+        sheet.paste(strip, (0, top))
+        top += strip.height
     data = io.BytesIO()
     sheet.save(data, "PNG")
     atomic_write_bytes(path, data.getvalue())
@@ -71,16 +66,32 @@ def _spread(rows: Sequence[ManifestRow], number: int) -> list[ManifestRow]:
     return [rows[place] for place in places]
 
 
+def _strip(title: str, cells: Sequence[tuple[str, Image.Image]], columns: int) -> Image.Image:
+    """Return one client's row: its title, its pictures and a label under each."""
+    tallest = max(picture.height for _, picture in cells)
+    strip = Image.new("RGB", (columns * (_CELL + _GAP) + _GAP, tallest + 2 * _LINE + 3 * _GAP), _PAPER)
+    draw = ImageDraw.Draw(strip)
+    draw.text((_GAP, _GAP), title, _INK, _font(14))
+    for column, (label, picture) in enumerate(cells):
+        left, top = _GAP + column * (_CELL + _GAP), _GAP + _LINE + 2
+        strip.paste(picture, (left, top))
+        draw.text((left, top + picture.height + 1), _fitted(label, _font(11)), _PALE, _font(11))
+    return strip
+
+
 def _picture(record: Record, coding: MaskCoding) -> Image.Image:
-    """Return the image at the size of a cell with its mask's contours."""
-    image = read_image(record.image, 3)
+    """Return the image at the size of a cell with its mask's contours; a pale cell for a damaged file."""
+    try:
+        image = read_image(record.image, 3)
+        indices = None if record.mask is None else coding.apply(read_mask(record.mask)).astype(np.uint8)
+    except DataError:
+        return Image.new("RGB", (_CELL, _CELL), _PALE)
     height, width = image.shape[:2]
     scale = _CELL / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    small = np.clip(cv2.resize(image, size, interpolation=method) * 255, 0, 255).astype(np.uint8)
-    if record.mask is not None:
-        indices = coding.apply(read_mask(record.mask), record.mask).astype(np.uint8)
+    small = np.clip(np.rint(cv2.resize(image, size, interpolation=method) * 255), 0, 255).astype(np.uint8)
+    if indices is not None:
         _draw_contours(small, cv2.resize(indices, size, interpolation=cv2.INTER_NEAREST))
     return Image.fromarray(small)
 

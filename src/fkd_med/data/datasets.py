@@ -149,7 +149,9 @@ class PredictionDataset(Dataset[Item]):
 
 def collate(items: Sequence[Item]) -> Item:
     """Stack images and masks along N; everything else stays a list of N."""
-    return {
-        name: torch.stack([item[name] for item in items]) if name in _STACKED else [item[name] for item in items]
-        for name in items[0]
-    }
+    batch: Item = {name: [item[name] for item in items] for name in items[0]}
+    for name in _STACKED:
+        if name in batch:
+            # Not torch.stack: its threads wait for each other, tens of milliseconds where cores are busy.
+            batch[name] = torch.from_numpy(np.stack([tensor.numpy() for tensor in batch[name]]))
+    return batch

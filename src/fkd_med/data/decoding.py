@@ -5,6 +5,7 @@ Pillow reads; OpenCV reads 16-bit colour, which Pillow would cut to 8 bits witho
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -67,22 +68,38 @@ def refused(path: Path) -> str | None:
 
 
 def read_header(path: Path) -> Header:
-    """Read size, mode and bit depth of an image without its pixels.
+    """Read size, mode and bit depth of an image, in most cases without its pixels, and see that it is whole.
+
+    PNG and JPEG files that end as they should are trusted; any other file is decoded to find out.
 
     Raises:
-        DataError: The file is missing, is no image, or is too large.
+        DataError: The file is missing, is no image, is cut short, or is too large.
     """
     with opened(path) as image:
-        width, height = image.size
-        tag = 1
-        if image.format == "TIFF":  # Pillow's versions differ in whether `size` already follows the tag
-            tags: Any = image.tag_v2  # type: ignore[attr-defined]
-            width, height, tag = tags.get(256, width), tags.get(257, height), tags.get(_ORIENTATION, 1)
-        elif "exif" in image.info:  # getexif() alone would decode the whole of a PNG
-            tag = image.getexif().get(_ORIENTATION, 1)
-        size = (width, height) if tag in (5, 6, 7, 8) else (height, width)
-        bits = 16 if ";16" in _raw_mode(image) else {"1": 1, "I": 32, "F": 32}.get(image.mode, 8)
-        return Header(size, image.mode, bits)
+        header = _header(image)
+        if not _ends_well(path, image.format):
+            image.load()
+        return header
+
+
+def _ends_well(path: Path, kind: str | None) -> bool:
+    ends = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}
+    with path.open("rb") as file:
+        file.seek(-8, os.SEEK_END)
+        return kind in ends and file.read().endswith(ends[kind])
+
+
+def _header(image: Image.Image) -> Header:
+    width, height = image.size
+    tag = 1
+    if image.format == "TIFF":  # Pillow's versions differ in whether `size` already follows the tag
+        tags: Any = image.tag_v2  # type: ignore[attr-defined]
+        width, height, tag = tags.get(256, width), tags.get(257, height), tags.get(_ORIENTATION, 1)
+    elif "exif" in image.info:  # getexif() alone would decode the whole of a PNG
+        tag = image.getexif().get(_ORIENTATION, 1)
+    size = (width, height) if tag in (5, 6, 7, 8) else (height, width)
+    bits = 16 if ";16" in _raw_mode(image) else {"1": 1, "I": 32, "F": 32}.get(image.mode, 8)
+    return Header(size, image.mode, bits)
 
 
 @contextmanager
@@ -91,7 +108,8 @@ def opened(path: Path) -> Iterator[Image.Image]:
     if reason := refused(path):
         raise DataError(f"{path}: {reason}.")
     try:
-        with Image.open(path) as image:
+        # Not by name: from a name Pillow maps uncompressed TIFF files to memory and scrambles those to be turned.
+        with path.open("rb") as file, Image.open(file) as image:
             _check_shape(path, image)
             yield image
     except FileNotFoundError as error:

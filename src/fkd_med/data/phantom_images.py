@@ -39,14 +39,14 @@ class Look:
         rng = np.random.default_rng(derive_seed(seed, "look", hospital))
         return cls(
             tissue=np.clip(TISSUES[hospital % len(TISSUES)] + rng.normal(0, 0.03, 3), 0.2, 0.9).astype(np.float32),
-            texture=rng.uniform(0.05, 0.11),
-            folds=rng.uniform(0.04, 0.12),
+            texture=rng.uniform(0.04, 0.08),
+            folds=rng.uniform(0.03, 0.09),
             vessels=int(rng.integers(2, 9)),
             vignette=rng.uniform(0.2, 0.7),
             blur=rng.uniform(0.3, 0.9),
             noise=rng.uniform(0.01, 0.035),
-            brighter=(0.75, 0.25, 0.5)[hospital % 3],
-            faint=(0.1, 0.15, 0.25)[hospital % 3],
+            brighter=(0.65, 0.35, 0.5)[hospital % 3],
+            faint=(0.15, 0.2, 0.25)[hospital % 3],
         )
 
 
@@ -63,7 +63,7 @@ def paint(look: Look, size: int, seed: int, patient: str, name: str) -> tuple[ND
     shared = np.random.default_rng(derive_seed(seed, "patient", patient))
     rng = np.random.default_rng(derive_seed(seed, "image", name))
     kind = _Lesions.draw(shared, look)
-    tissue = look.tissue + shared.normal(0, 0.05, 3).astype(np.float32)
+    tissue = look.tissue + shared.normal(0, 0.06, 3).astype(np.float32)
     image = _tissue(rng, size, look)[..., None] + tissue
     image = _vessels(rng, image, look)
     image, mask = kind.paint(rng, image)
@@ -87,9 +87,9 @@ class _Lesions:
     def draw(cls, rng: np.random.Generator, look: Look) -> _Lesions:
         faint = rng.random() < look.faint
         sign = 1.0 if rng.random() < look.brighter else -1.0
-        contrast = rng.uniform(0.05, 0.09) if faint else rng.uniform(0.11, 0.26)
+        contrast = rng.uniform(0.06, 0.1) if faint else rng.uniform(0.15, 0.32)
         return cls(
-            tint=(sign * contrast * np.array([1, 0.9, 0.8]) + rng.normal(0, 0.02, 3)).astype(np.float32),
+            tint=(sign * contrast * np.array([1, 0.9, 0.8]) + rng.normal(0, 0.04, 3)).astype(np.float32),
             border=rng.uniform(0.15, 0.3) if faint else rng.uniform(0.03, 0.12),
             relief=rng.uniform(0.07, 0.16),
             texture=rng.uniform(0.04, 0.1),
@@ -116,7 +116,7 @@ class _Lesions:
 def _blob(rng: np.random.Generator, size: int, direction: float) -> tuple[Plane, Plane]:
     """Return a deformed ellipse: distance (1 at its border) and a ramp across it, both (size, size)."""
     y, x = _grid(size)
-    radius = np.exp(rng.uniform(np.log(0.17), np.log(0.6)))
+    radius = np.exp(rng.uniform(np.log(0.22), np.log(0.7)))
     centre = rng.uniform(-0.75, 0.75, 2)
     aspect, angle = rng.uniform(0.6, 1.0), rng.uniform(0, np.pi)
     u = ((x - centre[0]) * np.cos(angle) + (y - centre[1]) * np.sin(angle)) / radius
@@ -161,7 +161,7 @@ def _light(rng: np.random.Generator, image: Plane, look: Look) -> Plane:
     for _ in range(rng.poisson(1.2)):  # soft shadows and glares, without border, texture or relief
         centre, width = rng.uniform(-1, 1, 2), rng.uniform(0.15, 0.4)
         soft = np.exp(-((x - centre[0]) ** 2 + (y - centre[1]) ** 2) / (2 * width**2))
-        image = image + (rng.choice([-1.0, 1.0]) * rng.uniform(0.05, 0.14) * soft)[..., None].astype(np.float32)
+        image = image + (rng.choice([-1.0, 1.0]) * rng.uniform(0.04, 0.11) * soft)[..., None].astype(np.float32)
     spots = np.zeros((size, size), dtype=np.uint8)
     for _ in range(rng.poisson(3)):
         middle, axes = rng.integers(0, size, 2), rng.uniform(0.008, 0.03, 2) * size

@@ -68,7 +68,7 @@ class Comparison:
 
 
 def compare(run_dirs: Sequence[Path], output: Path | None = None, seed: int = 0) -> Comparison:
-    """Compare the arms of runs on their test images.
+    """Compare the arms of runs on their test images; a teacher that runs share is listed once.
 
     Args:
         run_dirs: Run directories; the first one holds the reference.
@@ -92,10 +92,10 @@ def _read_arms(runs: Sequence[Path], seed: int) -> list[Arm]:
     for run in runs:
         table = _read_table(run)
         for name, rows in group_arms(table.latest("test")).items():
-            if not any(_same_scores(rows, other) for _, _, other, _ in found):  # teachers that runs share
+            shared = rows[0].model == "teacher" and any(_same_scores(rows, other) for _, _, other, _ in found)
+            if not shared:
                 curve = read_curve(table.of("val", rows[0].model, rows[0].arm), run / "ledger.csv")
                 found.append((name, run, rows, curve))
-    # Students first: what is compared with a reference is the student; sort is stable, so the first run leads.
     names = _distinct([(name, run) for name, run, _, _ in found])
     first = next((i for i, f in enumerate(found) if f[2][0].model != "teacher"), 0)
     order = [first, *(i for i in range(len(found)) if i != first)]

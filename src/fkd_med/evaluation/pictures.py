@@ -190,8 +190,8 @@ def _show(axes: Axes, image: FloatImage) -> None:
 
 def _contours(axes: Axes, truth: IndexMask | None, predictions: Mapping[str, IndexMask], classes: int) -> None:
     # The truth is the widest line, so that it still shows under a prediction that follows it.
-    masks = [] if truth is None else [(truth, TRUTH_COLOUR, 2.8)]
-    masks += [(mask, colour, 1.7) for mask, colour in zip(predictions.values(), _cycle(), strict=False)]
+    masks = [] if truth is None else [(truth, TRUTH_COLOUR, 2.4)]
+    masks += [(mask, colour, 1.3) for mask, colour in zip(predictions.values(), _cycle(), strict=False)]
     for mask, colour, width in masks:
         for index in range(1, max(classes, 2)):
             # A border of background closes the contours of masks that touch the edge.
@@ -200,7 +200,7 @@ def _contours(axes: Axes, truth: IndexMask | None, predictions: Mapping[str, Ind
                 continue
             rows, columns = np.arange(inside.shape[0]) - 1, np.arange(inside.shape[1]) - 1
             drawn = axes.contour(columns, rows, inside, levels=[0.5], colors=[colour], linewidths=width)
-            drawn.set_path_effects([Stroke(linewidth=width + 1.4, foreground="black", alpha=0.6), Normal()])
+            drawn.set_path_effects([Stroke(linewidth=width + 1.0, foreground="black", alpha=0.6), Normal()])
 
 
 def _cycle() -> list[str]:
@@ -248,7 +248,7 @@ def _tile_size(height: int, width: int, longest: float = _TILE) -> tuple[float, 
 
 def _render(figure: Figure, path: Path | None) -> Picture:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format="png", pil_kwargs={"compress_level": 1})  # the default is five times slower
     if path is not None:
         atomic_write_bytes(path, buffer.getvalue())
     pixels: Picture = np.asarray(Image.open(buffer).convert("RGB"))

@@ -6,16 +6,15 @@ after a crash the version named by the checkpoint holds, whatever else lies ther
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from fkd_med.checkpoints import read_checkpoint, write_checkpoint
 from fkd_med.errors import RunError
-from fkd_med.files import atomic_write_bytes
+
 
 
 @dataclass
@@ -63,9 +62,9 @@ class ClientStates:
             return ClientState()
         path = self.path(client, self.versions[client])
         try:
-            stored = torch.load(path, map_location="cpu", weights_only=True)
+            stored = read_checkpoint(path)
             return ClientState(stored["optimizers"], stored["schedulers"], stored["personal"])
-        except Exception as error:
+        except (RunError, KeyError) as error:
             raise RunError(
                 f"The state of client {client} after round {self.versions[client]} cannot be read from {path} "
                 f"({error}). Resume from another checkpoint, or start afresh with --overwrite."
@@ -75,11 +74,7 @@ class ClientStates:
         """Write a client's state after a round and make it current."""
         if state.is_empty:
             return
-        buffer = io.BytesIO()
-        torch.save(vars(state), buffer)
-        path = self.path(client, round)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_bytes(path, buffer.getvalue())
+        write_checkpoint(vars(state), self.path(client, round))
 
     def accept(self, client: str, round: int) -> None:
         """Make the state of a round the current one, if one was written."""

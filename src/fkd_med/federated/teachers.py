@@ -100,7 +100,7 @@ class TeacherStage(TeacherSource):
             ConfigError: names the unknown client and the nearest known ones.
         """
         for name in self.checkpoints:
-            if name not in [*clients, POOLED]:
+            if clients and name not in [*clients, POOLED]:
                 close = difflib.get_close_matches(name, clients, cutoff=0.4) or clients
                 raise ConfigError(
                     f"The teacher's checkpoints name client {name!r}, which does not exist; "

@@ -87,6 +87,27 @@ class FederatedTrainer(L.Trainer):
         with serving(model), quiet():
             super().fit(model, *args, **kwargs)
 
+    def teachers(self, model: L.LightningModule, datamodule: Any) -> None:
+        """Train the teachers of a distillation that do not exist yet, and nothing else.
+
+        Raises:
+            ConfigError: the module distils from nobody.
+        """
+        if not isinstance(model, DistillationModule) or model.teacher_source is None:
+            raise ConfigError("This configuration has no teachers: model must be a DistillationModule with a teacher.")
+        if self.federation is not None:
+            clients: list[str | None] = list(datamodule.client_names())
+        else:
+            clients = [getattr(datamodule, "client", None)]
+        self.reporter.enabled = self.is_global_zero
+        self._ensure(model, datamodule, clients)
+
+    def arm(self, client: str | None = None) -> str:
+        """Return how this run trains, in a word: federated, local-only, pooled, or the one client's name."""
+        if self.federation is not None:
+            return "local-only" if self.federation.is_local else "federated"
+        return f"{client} only" if client else "pooled"
+
     def ensure_teachers(self, clients: list[str]) -> None:
         """Train the teachers that the module distils from and that do not exist yet."""
         module = self.lightning_module
@@ -95,13 +116,15 @@ class FederatedTrainer(L.Trainer):
             return
         if source is None:
             raise ConfigError("Distillation needs a teacher for each client: give model.teacher.")
-        check = getattr(source, "check_names", None)
-        if check is not None:
-            check(clients)
-        epochs = getattr(source, "epochs", 1)
-        self.reporter.begin("teachers", len(clients) * epochs)
+        self._ensure(module, self.datamodule, list(clients))  # type: ignore[attr-defined]
+
+    def _ensure(self, module: DistillationModule, data: Any, clients: list[str | None]) -> None:
+        source = module.teacher_source
+        assert source is not None
+        source.check_names([client for client in clients if client])
+        self.reporter.begin("teachers", len(clients) * getattr(source, "epochs", 1))
         for client in clients:
-            source.ensure(client, self.datamodule, **self.teacher_options())  # type: ignore[attr-defined]
+            source.ensure(client, data, **self.teacher_options())
         self.reporter.end()
 
     def teacher_options(self) -> dict[str, Any]:

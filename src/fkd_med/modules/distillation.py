@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fkd_med.errors import ConfigError, TrainingError
-from fkd_med.losses import DistillationTerm, LogitKL
+from fkd_med.losses import DistillationTerm, LogitKL, supervised_loss
 from fkd_med.modules.segmentation import SegmentationModule
 from fkd_med.modules.teacher import Teaching, TeacherSource, freeze
 from fkd_med.networks import forward_padded
@@ -72,8 +72,8 @@ class DistillationModule(SegmentationModule):
 
     def on_fit_start(self) -> None:
         """Outside a federation, get the teacher of the data that is trained on, then move it to the device."""
-        if not self.active_losses:
-            return
+        if not self.active_losses or getattr(self.trainer, "federation", None) is not None:
+            return  # the server of a federation learns from nobody; its clients bring their teachers
         if self.teacher is None:
             self._attach_from_source()
         assert self.teacher is not None
@@ -98,7 +98,7 @@ class DistillationModule(SegmentationModule):
         logits = self(batch["image"])
         terms = {}
         if self.supervised_weight != 0:
-            terms["supervised"] = self.supervised_weight * self.loss(logits, batch["mask"])
+            terms["supervised"] = self.supervised_weight * supervised_loss(self.loss, logits, batch["mask"])
         if active := self.active_losses:
             taught = self.teach(batch, logits)
             for name, term in active.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from fkd_med.data.geometry import undo
 from fkd_med.errors import TrainingError
 from fkd_med.evaluation import ImageRow, score_image, summarize
-from fkd_med.losses import DiceCE
+from fkd_med.losses import DiceCE, supervised_loss
 from fkd_med.modules.personal import PersonalTensors
 from fkd_med.modules.schedule import RunClock, WarmupCosine, advance
 from fkd_med.networks import forward_padded
@@ -34,6 +34,25 @@ def is_plain(value: Any) -> bool:
 def predict_classes(logits: Tensor) -> Tensor:
     """Turn logits (N, K, H, W) into class indices (N, H, W): sigmoid at one half for K = 1, argmax otherwise."""
     return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(dim=1)
+
+
+class SharedCallable:
+    """A callable that copies of a module share: those the command line builds hold the whole parser.
+
+    Args:
+        function: the callable.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        """Call it."""
+        return self.function(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedCallable:
+        """Return the same object."""
+        return self
 
 
 class SegmentationModule(LightningModule):
@@ -59,8 +78,8 @@ class SegmentationModule(LightningModule):
         self._keep_plain_hyperparameters()
         self.network = network
         self.loss = loss if loss is not None else DiceCE()
-        self.optimizer = optimizer
-        self.scheduler = scheduler
+        self.optimizer = SharedCallable(optimizer)
+        self.scheduler = None if scheduler is None else SharedCallable(scheduler)
         self.scheduler_interval = scheduler_interval
         self.clock = RunClock()
         self.arm = ""
@@ -95,7 +114,7 @@ class SegmentationModule(LightningModule):
 
     def loss_terms(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return the weighted terms that make up the loss, by name."""
-        return {"supervised": self.loss(self(batch["image"]), batch["mask"])}
+        return {"supervised": supervised_loss(self.loss, self(batch["image"]), batch["mask"])}
 
     def _refuse_non_finite(
         self, loss: Tensor, terms: Mapping[str, Tensor], batch: dict[str, Any], batch_idx: int
@@ -155,7 +174,7 @@ class SegmentationModule(LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score each image at working resolution: Dice and IoU."""
         logits = self(batch["image"])
-        self._losses.append(float(self.loss(logits, batch["mask"])))
+        self._losses.append(float(supervised_loss(self.loss, logits, batch["mask"])))
         predictions = predict_classes(logits.detach().float())
         for index, truth in enumerate(batch["mask"]):
             self._score(batch, index, predictions[index], truth, logits.shape[1], "val")

@@ -22,6 +22,9 @@ class TeacherSource(ABC):
             options: how to train: the trainer flags and the reporter of the run.
         """
 
+    def check_names(self, clients: list[str]) -> None:
+        """Refuse a configuration that names clients which do not exist; called before any training."""
+
     @abstractmethod
     def load(self, client: str | None) -> nn.Module:
         """Return the client's teacher network, on the CPU. Call `ensure` first."""

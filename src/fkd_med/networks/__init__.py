@@ -1,0 +1,18 @@
+"""Segmentation networks: teachers, the student, and what lets any other backbone take their place."""
+
+from fkd_med.networks.padding import forward_padded, size_divisor
+from fkd_med.networks.resunet import ResUNet
+from fkd_med.networks.spec import ALLOWED_PACKAGES, count_parameters, network_from_spec
+from fkd_med.networks.student import SlimUNet
+from fkd_med.networks.transunet import TransUNet
+
+__all__ = [
+    "ALLOWED_PACKAGES",
+    "ResUNet",
+    "SlimUNet",
+    "TransUNet",
+    "count_parameters",
+    "forward_padded",
+    "network_from_spec",
+    "size_divisor",
+]

@@ -39,7 +39,8 @@ def forward_padded(network: nn.Module, x: Tensor) -> Tensor:
     if isinstance(logits, (tuple, list)) and logits:
         logits = logits[0]
     _check_logits(network, logits, padded)
-    return logits[..., :height, :width]
+    cropped: Tensor = logits[..., :height, :width]
+    return cropped
 
 
 def _check_logits(network: nn.Module, logits: object, padded: Tensor) -> None:

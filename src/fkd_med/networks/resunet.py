@@ -32,7 +32,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride)."""
-        return self.residual(x) + self.shortcut(x)
+        out: Tensor = self.residual(x) + self.shortcut(x)
+        return out
 
 
 class UpBlock(nn.Module):
@@ -45,7 +46,8 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """Map x (N, in, H, W) and skip (N, skip, 2H, 2W) to (N, out, 2H, 2W)."""
-        return self.refine(torch.cat([self.up(x), skip], dim=1))
+        out: Tensor = self.refine(torch.cat([self.up(x), skip], dim=1))
+        return out
 
 
 class ResUNet(nn.Module):
@@ -95,4 +97,5 @@ class ResUNet(nn.Module):
         x = self.bridge(x)  # (N, 8 width, H/8, W/8)
         for block, skip in zip(self.decoder, reversed(skips), strict=True):
             x = block(x, skip)
-        return self.head(x)
+        logits: Tensor = self.head(x)
+        return logits

@@ -73,7 +73,8 @@ class TransUNet(nn.Module):
         x = self.bottleneck(x)  # (N, 512, H/16, W/16)
         for block, skip in zip(self.decoder, [*skips, None], strict=True):
             x = block(x, skip)
-        return self.head(x)
+        logits: Tensor = self.head(x)
+        return logits
 
     def _encode(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the transformer's map (N, D, H/16, W/16) and the skips at 1/8, 1/4 and 1/2."""
@@ -113,7 +114,8 @@ class DecoderBlock(nn.Module):
     def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
         """Map x (N, in, H, W) and skip (N, skip, 2H, 2W) or None to (N, out, 2H, 2W)."""
         x = F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
-        return self.convolutions(x if skip is None else torch.cat([x, skip], dim=1))
+        out: Tensor = self.convolutions(x if skip is None else torch.cat([x, skip], dim=1))
+        return out
 
 
 def _conv_bn_relu(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -152,7 +154,7 @@ def _load_pretrained(trunk: nn.Module, name: str, shape: dict[str, Any]) -> None
 
 def _skip_channels(trunk: Any, name: str) -> tuple[int, ...]:
     """Return the channels of the skips at 1/8, 1/4 and 1/2, or refuse a trunk that has no such skips."""
-    backbone = getattr(getattr(trunk, "patch_embed", None), "backbone", None)
+    backbone: Any = getattr(getattr(trunk, "patch_embed", None), "backbone", None)
     fits = isinstance(trunk, VisionTransformer) and hasattr(backbone, "stages") and hasattr(backbone.stem, "pool")
     if not fits or [level["reduction"] for level in backbone.feature_info] != [2, 4, 8, 16]:
         raise ConfigError(

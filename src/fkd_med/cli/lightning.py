@@ -1,0 +1,263 @@
+"""The commands that train and score: LightningCLI with a federation, a run directory and one report at the end."""
+
+from __future__ import annotations
+
+import copy
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+
+from fkd_med.cli.configuration import fit_networks_to_data, stored_seed
+from fkd_med.cli.report import Report
+from fkd_med.data import FederatedDataModule
+from fkd_med.errors import ConfigError, RunError
+from fkd_med.federated import FederatedTrainer, Federation
+from fkd_med.files import atomic_write_text
+from fkd_med.modules import SegmentationModule
+from fkd_med.rundir import RunDir
+from fkd_med.tracking import ImageRecorder, MetricsCSV, WandbLogger
+
+
+def run_lightning(command: str, arguments: list[str]) -> None:
+    """Run fit, validate, test or teachers."""
+    with ExitStack() as stack:
+        FkdCLI([command, *arguments], stack)
+
+
+class FkdCLI(LightningCLI):
+    """Parses a configuration, builds everything in it, and runs the command.
+
+    Args:
+        arguments: the command and its options.
+        stack: closed when the command ends; holds the lock of the run directory.
+    """
+
+    def __init__(self, arguments: list[str], stack: ExitStack) -> None:
+        self.stack = stack
+        self.console = Console(highlight=False)
+        super().__init__(
+            L.LightningModule,
+            L.LightningDataModule,
+            trainer_class=FederatedTrainer,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_callback=None,
+            seed_everything_default=0,
+            args=arguments,
+            parser_kwargs={name: {"exit_on_error": False} for name in self.subcommands()} | {"exit_on_error": False},
+        )
+
+    # --- the parser -------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the commands that go through Lightning, and the arguments the command line does not show."""
+        given = {"model", "dataloaders", "datamodule", "weights_only"}
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
+            "validate": given,
+            "test": given,
+            "teachers": {"model", "datamodule"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the keys of ours: federation, run_dir, overwrite, test_after_fit, checkpoint."""
+        parser.add_subclass_arguments(Federation, "federation", required=False)
+        parser.link_arguments("federation", "trainer.federation", apply_on="instantiate")
+        parser.add_argument(
+            "--run_dir", type=str | None, default=None, help="Folder of the run; runs/<name of the config file>."
+        )
+        parser.add_argument("--overwrite", action="store_true", help="Replace an earlier run in run_dir.")
+        parser.add_argument("--test_after_fit", type=bool, default=True, help="Test the best weights at the end.")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "data": {"class_path": "fkd_med.data.FederatedDataModule", "init_args": {"root": "data"}},
+                "checkpoint.filename": "best-{step}",
+                "checkpoint.monitor": "val/dice",
+                "checkpoint.mode": "max",
+                "checkpoint.save_last": True,
+            }
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse without Lightning's warning that `args` were given from Python."""
+        self.config = parser.parse_args(args)
+        self._config_files = [str(path) for path in self.config[self.config.subcommand].get("config") or []]
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the configuration as it is: ours always comes from files, never from a checkpoint."""
+
+    # --- before anything is built -----------------------------------------------------------------------------
+
+    @property
+    def given(self) -> Namespace:
+        """The configuration of the command."""
+        config: Namespace = self.config[self.config.subcommand]
+        return config
+
+    def before_instantiate_classes(self) -> None:
+        """Settle the run directory, the checkpoint asked for, the seed and the shapes of networks."""
+        config = self.given
+        if config.run_dir is None:
+            stem = Path(self._config_files[0]).stem if self._config_files else "fkd"
+            config.run_dir = str(Path("runs") / stem)
+        self.run_dir = RunDir(config.run_dir)
+        config.trainer.default_root_dir = config.run_dir
+        if config.checkpoint.dirpath is None:
+            config.checkpoint.dirpath = str(self.run_dir.checkpoints)
+        if self.subcommand != "teachers":
+            config.ckpt_path = self._checkpoint(config.get("ckpt_path"))
+        self.resumes = self.subcommand == "fit" and config.get("ckpt_path") is not None
+        if self.subcommand == "fit" and not config.trainer.fast_dev_run and _is_first_rank():
+            self.run_dir.check(config.overwrite, self.resumes)
+        if self.resumes:
+            self._take_stored_seed()
+        fit_networks_to_data(config)
+
+    def _checkpoint(self, asked: str | None) -> str | None:
+        """Return the file of the checkpoint asked for; scoring takes the best of the run when none is.
+
+        Raises:
+            RunError: there is none.
+        """
+        folder = Path(self.given.checkpoint.dirpath)
+        if asked is None and self.subcommand in ("validate", "test"):
+            asked = "best"
+        if asked not in ("last", "best"):
+            if asked is not None and not Path(asked).is_file():
+                raise RunError(f"The checkpoint {asked} does not exist. Give a file, `last` or `best`.")
+            return asked
+        pattern = "last*.ckpt" if asked == "last" else "best*.ckpt"
+        found = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise RunError(
+                f"There is no {asked} checkpoint in {folder}. Start the run without --ckpt_path, or give the "
+                "run_dir of the run that is meant."
+            )
+        return str(found[-1])
+
+    def _take_stored_seed(self) -> None:
+        seed = stored_seed(self.run_dir.config)
+        if seed is not None and seed != self.given.seed_everything:
+            self.console.print(f"The run was started with seed {seed}; it goes on with that seed.")
+            self.given.seed_everything = seed
+            L.seed_everything(seed, workers=True, verbose=False)
+
+    # --- building ---------------------------------------------------------------------------------------------
+
+    def instantiate_trainer(self, **kwargs: Any) -> FederatedTrainer:
+        """Build the trainer with what every run has: metrics.csv and images.csv beside the configured loggers."""
+        config = self._get(self.config_init, "trainer")
+        config["logger"] = self._loggers(config.get("logger"))
+        callbacks = config.get("callbacks") or []
+        config["callbacks"] = [*(callbacks if isinstance(callbacks, list) else [callbacks])]
+        if self.subcommand == "fit" or self.run_dir.exists():
+            config["callbacks"].append(ImageRecorder(self.run_dir.images))
+        trainer: FederatedTrainer = super().instantiate_trainer(**kwargs)
+        return trainer
+
+    def _loggers(self, configured: Any) -> Any:
+        if configured is False or self.subcommand != "fit":
+            return False
+        loggers = [logger for logger in _as_list(configured) if not isinstance(logger, bool)]
+        for logger in loggers:
+            if isinstance(logger, WandbLogger):
+                logger.place(str(self.run_dir.path), self.run_dir.path.name)
+                self.stack.callback(logger.close, self.console)
+        return [MetricsCSV(self.run_dir.metrics), *loggers]
+
+    # --- the commands -----------------------------------------------------------------------------------------
+
+    def fit(self, model: L.LightningModule, datamodule: Any, ckpt_path: str | None = None) -> None:
+        """Train, then test the best weights and leave a report."""
+        trainer: FederatedTrainer = self.trainer
+        self._name(model, datamodule)
+        fast = bool(trainer.fast_dev_run)
+        self._set_up_data(datamodule, "fit")
+        if not fast and _is_first_rank():
+            self.stack.enter_context(self.run_dir.lock())
+            self.run_dir.create(overwrite=self.given.overwrite, resume=self.resumes)
+            self._write_configuration(datamodule)
+        initial = copy.deepcopy(model)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(_plain(self.config_dump))
+        trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+        if fast:
+            self.console.print("fast_dev_run: every part ran once; nothing was kept.")
+        elif self.given.test_after_fit:
+            Report(trainer, model, datamodule, self.run_dir, self.console).write(initial)
+
+    def validate(self, model: L.LightningModule, datamodule: Any, ckpt_path: str | None = None, **kwargs: Any) -> None:
+        """Score a checkpoint on validation images and print the table."""
+        self._score("validate", model, datamodule, ckpt_path)
+
+    def test(self, model: L.LightningModule, datamodule: Any, ckpt_path: str | None = None, **kwargs: Any) -> None:
+        """Score a checkpoint on test images at their original size and print the table."""
+        self._score("test", model, datamodule, ckpt_path)
+
+    def _score(self, command: str, model: L.LightningModule, datamodule: Any, ckpt_path: str | None) -> None:
+        self._name(model, datamodule)
+        run = getattr(self.trainer, command)
+        run(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
+        Report(self.trainer, model, datamodule, self.run_dir, self.console).show_table(model)
+
+    def teachers(self, model: L.LightningModule, datamodule: Any) -> None:
+        """Train the teachers that do not exist yet."""
+        self._set_up_data(datamodule, "fit")
+        self.trainer.teachers(model, datamodule)
+
+    def _set_up_data(self, datamodule: Any, stage: str) -> None:
+        """Read the data before anything is written, so that bad input costs no run."""
+        datamodule.trainer = self.trainer
+        if _is_first_rank():
+            datamodule.prepare_data()
+        datamodule.setup(stage)
+
+    def _name(self, model: L.LightningModule, datamodule: Any) -> None:
+        """Say under which name this run's rows stand in images.csv."""
+        if isinstance(model, SegmentationModule):
+            model.arm = self.trainer.arm(getattr(datamodule, "client", None))
+
+    def _write_configuration(self, datamodule: Any) -> None:
+        text = self.parser.dump(self.config, skip_none=False, skip_link_targets=False)
+        dumped = _indented_part(text, str(self.subcommand))
+        atomic_write_text(self.run_dir.config, dumped)
+        if isinstance(datamodule, FederatedDataModule):
+            datamodule.manifest.write(self.run_dir.manifest)
+
+
+def _is_first_rank() -> bool:
+    return rank_zero_only.rank in (0, None) and int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    if not isinstance(config, dict):
+        raise ConfigError("The configuration is not a mapping.")
+    return {name: value for name, value in config.items() if name != "config"}
+
+
+def _indented_part(text: str, command: str) -> str:
+    """Return the configuration of one command, as a file that --config takes."""
+    import yaml
+
+    whole = yaml.safe_load(text)
+    part = dict(whole.get(command, whole))
+    for name in ("config", "ckpt_path", "overwrite"):
+        part.pop(name, None)
+    return yaml.safe_dump(part, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,137 @@
+"""Turns what goes wrong into one clear message and an exit code."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from jsonargparse import ArgumentError
+
+from fkd_med.errors import ConfigError, FkdError
+
+_NETWORK = ("URLError", "LocalEntryNotFoundError", "ConnectError", "ConnectionError", "gaierror", "OfflineModeIsEnabled")
+
+
+@dataclass
+class Outcome:
+    """The exit code of a command."""
+
+    code: int = 0
+
+
+@contextmanager
+def explained(arguments: list[str], debug: bool) -> Iterator[Outcome]:
+    """Run the block, print what goes wrong in it as one message, and note the exit code.
+
+    Args:
+        arguments: the command line, for hints.
+        debug: show the traceback too.
+    """
+    outcome = Outcome()
+    try:
+        yield outcome
+    except FkdError as error:
+        outcome.code = error.exit_code
+        _print(str(error), debug)
+    except ArgumentError as error:
+        outcome.code = 2
+        _print(explain_arguments(str(error)), debug)
+    except SystemExit as error:
+        outcome.code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except KeyboardInterrupt:
+        outcome.code = 130
+        print("\nInterrupted. Continue with the same command and `--ckpt_path last`.", file=sys.stderr)
+    except Exception as error:
+        outcome.code = 1
+        cause = user_error(error)
+        if cause is not None:
+            outcome.code = cause.exit_code
+            _print(str(cause), debug)
+            return
+        _print(
+            f"unexpected {type(error).__name__}: {error}\n"
+            f"Run it again with --debug for the traceback, and report it if it is not yours: fkd {' '.join(arguments)}",
+            debug,
+        )
+
+
+def _print(message: str, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    logging.getLogger(__name__).debug(message)
+    print(f"fkd: error: {message}", file=sys.stderr)
+
+
+def user_error(error: BaseException) -> FkdError | None:
+    """Find a user's error behind another one, or recognise one that a library raised."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, FkdError):
+            return seen
+        if type(seen).__name__ in _NETWORK:
+            return ConfigError(
+                "Pretrained weights were asked for and cannot be downloaded: there is no network, or no cached copy. "
+                "Set encoder_weights: null (segmentation-models-pytorch) or pretrained: false (timm, TransUNet) to "
+                f"train from scratch, or download them once where there is a network. ({seen})"
+            )
+        if type(seen).__name__ == "MisconfigurationException":
+            return ConfigError(str(seen))
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def explain_arguments(text: str) -> str:
+    """Make a parser's message readable, and name the nearest key or class for one that is unknown."""
+    unknown = _unknown_key(text)
+    if unknown is None:
+        return text.strip()
+    close = difflib.get_close_matches(unknown.split(".")[-1], _vocabulary(), n=3, cutoff=0.6)
+    hint = f" Did you mean {' or '.join(close)}?" if close else " `fkd COMMAND --help` lists what there is."
+    return f"{text.strip()}\n{unknown!r} is unknown.{hint}"
+
+
+def _unknown_key(text: str) -> str | None:
+    patterns = (
+        r"[Kk]ey ['\"]([\w.+-]+)['\"] is not expected",
+        r"Option ['\"]([\w.+-]+)['\"] is not accepted",
+        r"No action for (?:destination )?key ['\"]([\w.+-]+)['\"]",
+        r"[Uu]nrecognized arguments?: --([\w.+-]+)",
+        r"Import of path ['\"]?([\w.]+)",
+        r"[Uu]nexpected import path format:? ['\"]?([\w.]+)",
+        r"No module named ['\"]([\w.]+)['\"]",
+        r"has no attribute ['\"]([\w.]+)['\"]",
+        r"Group '[\w.]*' does not accept (?:nested key|option)s? ['\"]([\w.+-]+)['\"]",
+        r"does not accept nested key ['\"]([\w.+-]+)['\"]",
+    )
+    for pattern in patterns:
+        match = re.search(pattern, text)
+        if match:
+            return match.group(1)
+    return None
+
+
+def _vocabulary() -> list[str]:
+    """Return the keys and classes a configuration may name."""
+    import inspect
+
+    import lightning as L
+    import segmentation_models_pytorch as smp
+
+    from fkd_med import aggregation, data, federated, losses, modules, networks, tracking
+
+    packages = (aggregation, data, federated, losses, modules, networks, tracking)
+    classes = [getattr(package, name) for package in packages for name in package.__all__]
+    classes = [cls for cls in classes if inspect.isclass(cls)]
+    architectures = [cls for cls in vars(smp).values() if inspect.isclass(cls)]
+    words = {"model", "data", "trainer", "federation", "run_dir", "overwrite", "test_after_fit", "checkpoint"}
+    words |= {"seed_everything", "ckpt_path", "config", "class_path", "init_args"}
+    for cls in (*classes, L.Trainer, *architectures):
+        words.add(cls.__name__)
+        words |= set(inspect.signature(cls.__init__).parameters)
+    return sorted(words - {"self", "args", "kwargs"})

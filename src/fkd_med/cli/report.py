@@ -1,0 +1,285 @@
+"""What a run leaves behind: test scores, one table, what travelled, pictures, student.ckpt."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from numpy.typing import NDArray
+from rich.console import Console
+from torch import Tensor, nn
+
+from fkd_med.checkpoints import write_checkpoint
+from fkd_med.communication import Ledger, counterfactual_bytes
+from fkd_med.data.geometry import undo
+from fkd_med.evaluation import (
+    ImageRow,
+    ImageTable,
+    Sample,
+    Sheet,
+    Traffic,
+    choose,
+    end_table,
+    group_arms,
+    traffic_table,
+    write_pictures,
+)
+from fkd_med.federated import FederatedTrainer
+from fkd_med.federated.inner import inner_trainer
+from fkd_med.federated.quiet import quiet
+from fkd_med.files import atomic_write_text
+from fkd_med.modules import DistillationModule, SegmentationModule, predict_classes
+from fkd_med.modules.personal import merge
+from fkd_med.networks import ResUNet, TransUNet, count_parameters, forward_padded
+from fkd_med.rundir import RunDir
+from fkd_med.tracking import ImageRecorder, MetricsCSV
+
+Predictor = Callable[[Tensor, str], Tensor]  # image (C, S, S) and client -> logits (K, S, S)
+
+
+class Report:
+    """Tests, writes and prints what a finished run has to show.
+
+    Args:
+        trainer: the run's trainer.
+        model: its module.
+        data: its data module.
+        run_dir: where everything goes.
+        console: where the tables are printed.
+    """
+
+    def __init__(
+        self, trainer: FederatedTrainer, model: L.LightningModule, data: Any, run_dir: RunDir, console: Console
+    ) -> None:
+        self.trainer, self.model, self.data = trainer, model, data
+        self.run_dir, self.console = run_dir, console
+        self.predictors: dict[str, Predictor] = {}
+
+    def write(self, initial: L.LightningModule) -> None:
+        """Test the best weights and write everything; `initial` is the module as it was before training."""
+        trainer, model = self.trainer, self.model
+        arms: dict[str, list[ImageRow]] = {}
+        if not isinstance(model, SegmentationModule):
+            with quiet():
+                trainer.test(model, datamodule=self.data, ckpt_path=best_checkpoint(trainer))
+            return
+        if isinstance(model, DistillationModule) and model.active_losses:
+            arms["teacher"] = self._test_teachers(model)
+        federation = trainer.federation
+        if federation is not None and federation.local_baseline and not federation.is_local:
+            arms |= self._local_baseline(initial)
+        with quiet():
+            trainer.test(model, datamodule=self.data, ckpt_path=best_checkpoint(trainer), verbose=False)
+        arms |= group_arms(model.evaluated)
+        if not trainer.is_global_zero:
+            return
+        student = next(reversed(arms))
+        self.predictors[student] = _predictor(model)
+        self._export(model)
+        self._print(arms)
+        self._write_pictures(arms[student], int(self.data.export_info()["classes"]))
+        self.console.print(f"Run directory: {self.run_dir.path}", highlight=False, soft_wrap=True)
+
+    def show_table(self, model: L.LightningModule) -> None:
+        """Print the table of the evaluation that has just run."""
+        if isinstance(model, SegmentationModule) and self.trainer.is_global_zero and model.evaluated:
+            title = {"val": "Validation, at working resolution", "test": "Test, at original size"}
+            self.console.print(end_table(group_arms(model.evaluated), title[model.evaluated[0].split]))
+
+    # --- scores -----------------------------------------------------------------------------------------------
+
+    def _test_teachers(self, model: DistillationModule) -> list[ImageRow]:
+        """Score each client's teacher on that client's test images."""
+        source, rows = model.teacher_source, []
+        assert source is not None
+        federated = self.trainer.federation is not None
+        clients: list[str | None] = list(self.data.client_names()) if federated else [self.data.client]
+        for client in clients:
+            module = SegmentationModule(source.load(client))
+            module.model_name, module.resize = "teacher", self.data.export_info()["resize"]
+            loaders = self.data.client_test_dataloader(client) if client else self.data.test_dataloader()
+            limit = self.trainer.flags.get("limit_test_batches")
+            with quiet():
+                inner_trainer(self.trainer.inner_flags, limit_test_batches=limit).test(module, loaders, verbose=False)
+            rows += module.evaluated
+        self.predictors["teacher"] = _teacher_predictor(model)
+        if self.trainer.is_global_zero:
+            ImageTable.append(self.run_dir.images, rows)
+        return rows
+
+    def _local_baseline(self, initial: L.LightningModule) -> dict[str, list[ImageRow]]:
+        """Train each client alone with the same budget, as a run of its own inside this one, and test it."""
+        run = RunDir(self.run_dir.path / "local")
+        resume = (run.checkpoints / "last.ckpt").exists()
+        if self.trainer.is_global_zero:
+            run.create(overwrite=not resume, resume=resume)
+            config = yaml.safe_load(self.run_dir.config.read_text())
+            config["federation"]["init_args"] |= {"aggregator": None, "local_baseline": False}
+            config["run_dir"] = config["trainer"]["default_root_dir"] = str(run.path)
+            config["checkpoint"]["dirpath"] = str(run.checkpoints)
+            atomic_write_text(run.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        self.trainer.reporter.line("the same students, each hospital alone:")
+        trainer = self._local_trainer(run)
+        module = initial
+        assert isinstance(module, SegmentationModule)
+        module.arm = "local-only"
+        with quiet():
+            trainer.fit(module, datamodule=self.data, ckpt_path=str(run.checkpoints / "last.ckpt") if resume else None)
+            trainer.test(module, datamodule=self.data, ckpt_path=best_checkpoint(trainer), verbose=False)
+        if self.trainer.is_global_zero:
+            ImageTable.append(self.run_dir.images, module.evaluated)
+        self.predictors["local-only student"] = _predictor(module)
+        return group_arms(module.evaluated)
+
+    def _local_trainer(self, run: RunDir) -> FederatedTrainer:
+        federation = copy.copy(self.trainer.federation)
+        assert federation is not None
+        federation.aggregator, federation.local_baseline = None, False
+        kept = ("limit_val_batches", "limit_test_batches", "check_val_every_n_epoch", "max_time")
+        flags = {name: self.trainer.flags[name] for name in kept if self.trainer.flags.get(name) is not None}
+        best = ModelCheckpoint(
+            dirpath=run.checkpoints, filename="best-{step}", monitor="val/dice", mode="max", save_last=True
+        )
+        return FederatedTrainer(
+            **{**self.trainer.inner_flags, **flags},
+            default_root_dir=str(run.path),
+            federation=federation,
+            logger=[MetricsCSV(run.metrics)],
+            callbacks=[best, ImageRecorder(run.images, panel_every=0)],
+        )
+
+    # --- files ------------------------------------------------------------------------------------------------
+
+    def _export(self, model: SegmentationModule) -> None:
+        """Write student.ckpt; of a local-only run, one per client."""
+        shared = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+        if not model.personal.by_client:
+            write_checkpoint(self._exported(model, shared), self.run_dir.student)
+        for client, personal in model.personal.state_dict().items():
+            folder = self.run_dir.client(client)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_checkpoint(self._exported(model, merge(shared, personal)), folder / "student.ckpt")
+
+    @staticmethod
+    def _exported(model: SegmentationModule, state: dict[str, Tensor]) -> dict[str, Any]:
+        return {
+            "state_dict": state,
+            "pytorch-lightning_version": L.__version__,
+            "epoch": model.clock.round,
+            "global_step": model.clock.round,
+            "loops": {},
+            "callbacks": {},
+            "fkd_med": model.export(),
+        }
+
+    def _print(self, arms: dict[str, list[ImageRow]]) -> None:
+        sheets: list[Sheet] = [end_table(arms, "Test, at original size")]
+        federation = self.trainer.federation
+        if federation is not None and not federation.is_local:
+            sheets.append(self._traffic())
+        for sheet in sheets:
+            self.console.print()
+            self.console.print(sheet)
+        atomic_write_text(self.run_dir.path / "report.md", "\n".join(sheet.to_markdown() for sheet in sheets))
+        for logger in self.trainer.loggers:
+            summary = {f"test/{name}/dice": sum(r.dice for r in rows) / len(rows) for name, rows in arms.items()}
+            logger.log_metrics(
+                {k.replace(" ", "_"): v for k, v in summary.items()}, step=self.trainer.global_step
+            )
+
+    def _traffic(self) -> Sheet:
+        """Return what was sent beside what federating larger networks would have sent."""
+        model, info = self.model, self.data.export_info()
+        assert isinstance(model, SegmentationModule)
+        ledger = Ledger(self.run_dir.ledger)
+        sent = Traffic(
+            "student", count_parameters(model.network), ledger.mean_per_message("up"), ledger.mean_per_message("down")
+        )
+        instead: list[tuple[str, nn.Module]] = []
+        source = model.teacher_source if isinstance(model, DistillationModule) else None
+        teacher = getattr(getattr(source, "module", None), "network", None)
+        if teacher is not None:
+            instead.append((f"this teacher ({type(teacher).__name__})", teacher))
+        shape = {"in_channels": info["in_channels"], "classes": info["classes"]}
+        with torch.device("meta"):
+            instead += [("ResUNet, full", ResUNet(**shape)), ("TransUNet, full", TransUNet(**shape, img_size=256))]
+        lines = []
+        for name, network in instead:
+            size = counterfactual_bytes(network.state_dict())
+            lines.append(Traffic(name, count_parameters(network), size, size))
+        rounds = max((row.round for row in ledger.rows), default=0)
+        clients = len({row.client for row in ledger.rows})
+        return traffic_table(sent, lines, clients, rounds, ledger.total())
+
+    def _write_pictures(self, rows: list[ImageRow], classes: int) -> None:
+        """Show the worst, median and best test image of each hospital."""
+        info = self.data.export_info()
+        samples = [self._sample(client, name, rank, info) for client, name, rank in choose(rows)]
+        paths = write_pictures(self.run_dir.pictures, samples, classes)
+        if not paths:
+            return
+        for logger in self.trainer.loggers:
+            if hasattr(logger, "log_image"):
+                logger.log_image("test/pictures", [str(paths[0])])
+        self.console.print(f"Pictures: {self.run_dir.pictures} (begin with {paths[0].name})", highlight=False)
+
+    def _sample(self, client: str, name: str, rank: str, info: dict[str, Any]) -> Sample:
+        dataset = self.data.client_test_dataloader(client).dataset
+        index = next(i for i, record in enumerate(dataset.records) if record.id == name)
+        item = dataset[index]
+        restore = _restorer(item["size"], info["resize"])
+        mean, std = torch.tensor(info["mean"])[:, None, None], torch.tensor(info["std"])[:, None, None]
+        image = restore(item["image"] * std + mean).clamp(0, 1).numpy().transpose(1, 2, 0)
+        masks: dict[str, NDArray[Any]] = {}
+        for label, predict in self.predictors.items():
+            with torch.no_grad():
+                logits = restore(predict(item["image"], client).float().cpu())
+            masks[label] = predict_classes(logits[None])[0].numpy()
+        return Sample(client, name, rank, image, item["original"].numpy(), masks)
+
+
+def best_checkpoint(trainer: L.Trainer) -> str | None:
+    """Return the best checkpoint of a fit, or the last; None tests the weights as they are."""
+    callback = trainer.checkpoint_callback
+    path = getattr(callback, "best_model_path", "") or getattr(callback, "last_model_path", "")
+    return path if path and Path(path).exists() else None
+
+
+def _restorer(size: Any, mode: str) -> Callable[[Tensor], Tensor]:
+    height, width = (int(n) for n in size)
+    return lambda maps: undo(maps, (height, width), mode)  # type: ignore[arg-type]
+
+
+def _predictor(module: SegmentationModule) -> Predictor:
+    """Return what a module answers for a client's image, with that client's own tensors."""
+
+    def predict(image: Tensor, client: str) -> Tensor:
+        module.eval()
+        module.personal.enter(client)
+        logits: Tensor = module(image[None].to(module.device))[0]
+        module.personal.leave()
+        return logits
+
+    return predict
+
+
+def _teacher_predictor(module: DistillationModule) -> Predictor:
+    """Return what each client's teacher answers."""
+    loaded: dict[str, nn.Module] = {}
+
+    def predict(image: Tensor, client: str) -> Tensor:
+        if client not in loaded:
+            loaded.clear()  # one teacher at a time in memory
+            source = module.teacher_source
+            assert source is not None
+            name = client if module.trainer.federation is not None else module.trainer.datamodule.client  # type: ignore[attr-defined]
+            loaded[client] = source.load(name).eval()
+        return forward_padded(loaded[client], image[None])[0]
+
+    return predict

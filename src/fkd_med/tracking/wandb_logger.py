@@ -1,0 +1,90 @@
+"""Weights & Biases: Lightning's logger that never hangs without an account, and says how to sync later."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import wandb
+from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+
+
+def has_account() -> bool:
+    """Tell whether this machine knows a Weights & Biases key; it asks nobody."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return bool(wandb.login(prompt=False))
+    except Exception:  # whatever the library thinks of a half-made configuration
+        return False
+
+
+class WandbLogger(LightningWandbLogger):
+    """Records a run in Weights & Biases, offline when no key is known.
+
+    Args:
+        project: the project in which runs are compared.
+        name: the run's name; the run directory's when left out.
+        save_dir: where files lie; the run directory when left out.
+        offline: true records to disk only, false demands a key, null decides by whether a key is known.
+        kwargs: those of Lightning's WandbLogger and of ``wandb.init``.
+    """
+
+    def __init__(
+        self,
+        project: str = "fkd-med",
+        name: str | None = None,
+        save_dir: str | None = None,
+        offline: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._environment = os.environ.get("WANDB_MODE")
+        disabled = self._environment in ("disabled", "offline", "dryrun")
+        if offline is None:
+            offline = disabled or not has_account()
+        if offline:  # said to wandb itself: it may have read WANDB_MODE already, which is all that Lightning sets
+            kwargs.setdefault("settings", wandb.Settings(silent=True, show_info=False))
+            kwargs["mode"] = "offline" if self._environment != "disabled" else "disabled"
+        super().__init__(project=project, name=name, save_dir=save_dir or ".", offline=offline, **kwargs)
+        self._own_save_dir = save_dir is not None
+
+    def place(self, run_dir: str, name: str) -> None:
+        """Put the files of a run that was not told where into its run directory."""
+        if not self._own_save_dir:
+            self._save_dir = run_dir
+            self._wandb_init["dir"] = run_dir
+        if self._wandb_init.get("name") is None:
+            self._name = self._wandb_init["name"] = name
+
+    @rank_zero_only
+    def log_teacher(self, metrics: Mapping[str, float], epoch: int) -> None:
+        """Log a teacher's metrics on their own axis: ``teacher/epoch``."""
+        if not getattr(self, "_teacher_axis", False):
+            self.experiment.define_metric("teacher/epoch")
+            self.experiment.define_metric("teacher/*", step_metric="teacher/epoch")
+            self._teacher_axis = True
+        self.experiment.log({**metrics, "teacher/epoch": epoch})
+
+    @rank_zero_only
+    def close(self, console: Console | None = None) -> None:
+        """End the run, so that a later one in this process gets its own; say how to sync an offline one."""
+        if self._experiment is not None:
+            folder = os.path.dirname(str(self._experiment.dir))
+            offline = bool(self._offline)
+            self._experiment.finish()
+            self._experiment = None
+            if offline and console is not None:
+                shown = os.path.relpath(folder)
+                console.print(
+                    f"Weights & Biases: recorded offline; upload it with:  wandb sync {shown}",
+                    highlight=False,
+                    markup=False,
+                    soft_wrap=True,
+                )
+        if self._environment is None:
+            os.environ.pop("WANDB_MODE", None)
+        else:
+            os.environ["WANDB_MODE"] = self._environment
