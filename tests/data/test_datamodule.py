@@ -219,7 +219,8 @@ def test_a_broken_image_names_its_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"in_channels": 2}, {"mean": [0.5]}, {"std": [0.0] * 3}, {"image_size": 0}, {"classes": 0}]
+    "wrong",
+    [{"in_channels": 2}, {"mean": [0.5]}, {"std": [0.0] * 3}, {"image_size": 0}, {"classes": 0}, {"batch_size": 0}],
 )
 def test_wrong_settings_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"data.{next(iter(wrong))}"):
@@ -249,10 +250,8 @@ class _Counting(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def test_lightning_keeps_the_sampler_and_moves_its_epoch(phantoms: Path, tmp_path: Path) -> None:
-    made = FederatedDataModule(str(phantoms), image_size=32, batch_size=3, seed=5)
-    model = _Counting()
-    trainer = L.Trainer(
+def _trainer(folder: Path) -> L.Trainer:
+    return L.Trainer(
         max_epochs=2,
         logger=False,
         enable_checkpointing=False,
@@ -260,8 +259,20 @@ def test_lightning_keeps_the_sampler_and_moves_its_epoch(phantoms: Path, tmp_pat
         enable_model_summary=False,
         accelerator="cpu",
         devices=1,
-        default_root_dir=tmp_path,
+        default_root_dir=folder,
     )
+
+
+def test_lightning_runs_without_validation_images(phantoms: Path, tmp_path: Path) -> None:
+    made = FederatedDataModule(str(phantoms), image_size=32, batch_size=3, seed=5, val_fraction=0)
+    model = _Counting()
+    _trainer(tmp_path).fit(model, datamodule=made)
+    assert [len(loader) for loader in made.val_dataloader()] == [0, 0] and model.seen
+
+
+def test_lightning_keeps_the_sampler_and_moves_its_epoch(phantoms: Path, tmp_path: Path) -> None:
+    made = FederatedDataModule(str(phantoms), image_size=32, batch_size=3, seed=5)
+    model, trainer = _Counting(), _trainer(tmp_path)
     trainer.fit(model, datamodule=made)
     trainer.test(model, datamodule=made, verbose=False)
     epochs = [[ids for epoch, ids in model.seen if epoch == e] for e in range(2)]

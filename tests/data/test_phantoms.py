@@ -114,7 +114,7 @@ def test_the_task_is_worth_learning(tmp_path: Path) -> None:
         if 0 < shares[-1] < 1:
             contrasts.append(image[mask > 0].mean() - image[mask == 0].mean())
     assert 0 < sum(share == 0 for share in shares) < 15  # some without lesion
-    assert 0.02 < np.mean(shares) < 0.3 and max(shares) > 4 * np.median(shares)  # small and large ones
+    assert 0.02 < np.mean(shares) < 0.3 and max(shares) > 5 * np.quantile(shares, 0.2)  # small and large ones
     assert np.mean(np.array(contrasts) > 0) == pytest.approx(0.5, abs=0.3)  # brightness alone does not tell
     means = [np.mean(c, axis=0) for c in colours.values()]
     assert min(np.abs(a - b).max() for i, a in enumerate(means) for b in means[:i]) > 0.04  # hospitals differ

@@ -47,6 +47,7 @@ def test_against_numpy(classes: int, temperature: float) -> None:
         assert found.item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:reduction")
 @pytest.mark.parametrize("classes", [2, 5])
 def test_reductions_are_torchs(classes: int) -> None:
     """Parity with other code: `mean` and `batchmean` of torch.nn.functional.kl_div."""
@@ -75,7 +76,7 @@ def test_equal_logits_are_zero_with_zero_gradient(classes: int) -> None:
 @pytest.mark.parametrize("classes", [1, 2, 3])
 @pytest.mark.parametrize("reduction", ["pixel", "mean", "batchmean"])
 def test_gradcheck(classes: int, reduction: Any) -> None:
-    student, teacher = pair(classes, torch.float64)
+    student, teacher = (z[..., :2, :2].contiguous() for z in pair(classes, torch.float64))
     student.requires_grad_()
     assert torch.autograd.gradcheck(lambda s: logit_kl(s, teacher, 3.0, reduction), (student,))
 

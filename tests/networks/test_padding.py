@@ -71,6 +71,8 @@ def test_first_of_a_tuple_is_the_logits() -> None:
 
 
 class Strange(nn.Module):
+    """Returns what no segmentation network should."""
+
     def __init__(self, out: str) -> None:
         super().__init__()
         self.out = out

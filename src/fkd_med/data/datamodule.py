@@ -89,6 +89,8 @@ class FederatedDataModule(L.LightningDataModule):
         self.preprocessing = Preprocessing.checked(image_size, resize, in_channels, mean, std)
         if not 1 <= classes <= 255:
             raise ConfigError(f"data.classes: {classes}; use 1 for a binary mask, or up to 255 with the background.")
+        if batch_size < 1:
+            raise ConfigError(f"data.batch_size: {batch_size}; use at least 1.")
         self.classes = classes
         self.class_values = class_values
         self.augmentation = default_augmentation() if augmentation is True else augmentation or None

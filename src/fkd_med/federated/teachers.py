@@ -239,7 +239,8 @@ class TeacherCurve(L.Callback):
     """Reports each epoch of a teacher's training, on the teacher's own step axis: epochs."""
 
     def __init__(self, name: str, epochs: int, reporter: Reporter, log: Any = None) -> None:
-        self.name, self.epochs, self.reporter, self.log = name, epochs, reporter, log
+        # Not `self.log`: Lightning puts its own there, on every callback.
+        self.name, self.epochs, self.reporter, self.send = name, epochs, reporter, log
         self.rows: list[dict[str, float]] = []
         self.best = float("nan")
 
@@ -255,8 +256,8 @@ class TeacherCurve(L.Callback):
         epoch = trainer.current_epoch + 1
         self.rows.append({"epoch": epoch, **metrics})
         self.best = max([row["val/dice"] for row in self.rows if "val/dice" in row], default=float("nan"))
-        if self.log is not None and trainer.is_global_zero:
-            self.log({f"teacher/{self.name}/{k}": v for k, v in metrics.items()}, epoch)
+        if self.send is not None and trainer.is_global_zero:
+            self.send({f"teacher/{self.name}/{k}": v for k, v in metrics.items()}, epoch)
         self.reporter.advance()
         if epoch == self.epochs:
             left = self.reporter.time_left()
