@@ -27,6 +27,7 @@ _FOLDERS = ("journal", "checkpoints", "clients", "pictures")
 # Removed by --overwrite, in this order: once the first are gone, nobody can resume what is left of the old run.
 _OURS = ("checkpoints", "journal", "student.ckpt", "clients", "ledger.csv", "images.csv", "metrics.csv", "pictures",
          "report.md", "manifest.csv", "config.yaml")  # fmt: skip
+_PRELIMINARY = {"config.yaml", "manifest.csv", "metrics.csv"}  # written before the first checkpoint; made again
 _BASELINE = "local"  # the run inside a run in which every client trains alone
 
 
@@ -140,7 +141,7 @@ class RunDir:
         self.check(overwrite, resume)
         if resume:
             remove_leftovers(self.path)
-        elif overwrite:
+        elif self.path.is_dir():
             self._remove_ours()
         with self._nothing_half_made():
             atomic_write_text(self.path / _MARKER, json.dumps({"format": "fkd-med run", "version": 1}) + "\n")
@@ -161,8 +162,14 @@ class RunDir:
                 yield
 
     def _is_empty(self) -> bool:
-        """Whether nothing is here but our marker, lock and empty folders: a run that ended before it began."""
-        return not any(_foreign(files) - {_MARKER} for _, _, files in os.walk(self.path))
+        """Whether nothing is here that a new run would destroy: a run that ended before its first checkpoint."""
+        for folder, folders, files in os.walk(self.path):
+            top = Path(folder) == self.path
+            if top:
+                folders[:] = [name for name in folders if name != "wandb"]
+            if _foreign(files) - {_MARKER} - (_PRELIMINARY if top else set()):
+                return False
+        return True
 
     def _refuse_strangers(self) -> None:
         """Refuse a file, and a folder with things in it that no run of ours made."""

@@ -42,7 +42,7 @@ class FkdCLI(LightningCLI):
 
     def __init__(self, arguments: list[str], stack: ExitStack) -> None:
         self.stack = stack
-        self.console = Console(highlight=False)
+        self.console = console()
         super().__init__(
             L.LightningModule,
             L.LightningDataModule,
@@ -234,6 +234,12 @@ class FkdCLI(LightningCLI):
         atomic_write_text(self.run_dir.config, dumped)
         if isinstance(datamodule, FederatedDataModule):
             datamodule.manifest.write(self.run_dir.manifest)
+
+
+def console() -> Console:
+    """Return standard output, at least 100 columns wide where it is a file or a pipe."""
+    terminal = Console(highlight=False)
+    return terminal if terminal.is_terminal else Console(highlight=False, width=max(100, terminal.width))
 
 
 def _is_first_rank() -> bool:

@@ -46,6 +46,7 @@ class DistillationModule(SegmentationModule):
     ) -> None:
         super().__init__(network, loss, optimizer, scheduler, scheduler_interval)
         self._teaching = Teaching(teacher)
+        self.model_name = "student"
         self.losses = dict(losses) if losses is not None else {"logit_kl": LogitKL()}
         self.supervised_weight = supervised_weight
         if supervised_weight == 0 and not self.active_losses:

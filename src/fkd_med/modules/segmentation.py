@@ -17,7 +17,7 @@ from fkd_med.evaluation import ImageRow, score_image, summarize
 from fkd_med.losses import DiceCE, supervised_loss
 from fkd_med.modules.personal import PersonalTensors
 from fkd_med.modules.schedule import RunClock, WarmupCosine, advance
-from fkd_med.networks import forward_padded
+from fkd_med.networks import PARAMETER_BOUND, count_parameters, forward_padded
 
 PLAIN = (str, int, float, bool, type(None))
 
@@ -83,7 +83,7 @@ class SegmentationModule(LightningModule):
         self.scheduler_interval = scheduler_interval
         self.clock = RunClock()
         self.arm = ""
-        self.model_name = "model"
+        self.model_name = "student" if count_parameters(network) <= PARAMETER_BOUND else type(network).__name__
         self.resize = "stretch"
         self.evaluated: list[ImageRow] = []
         self._rows: list[ImageRow] = []

@@ -3,11 +3,12 @@
 from fkd_med.networks.padding import forward_padded, size_divisor
 from fkd_med.networks.resunet import ResUNet
 from fkd_med.networks.spec import ALLOWED_PACKAGES, count_parameters, network_from_spec
-from fkd_med.networks.student import SlimUNet
+from fkd_med.networks.student import PARAMETER_BOUND, SlimUNet
 from fkd_med.networks.transunet import TransUNet
 
 __all__ = [
     "ALLOWED_PACKAGES",
+    "PARAMETER_BOUND",
     "ResUNet",
     "SlimUNet",
     "TransUNet",
