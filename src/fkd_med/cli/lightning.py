@@ -20,6 +20,7 @@ from fkd_med.cli.report import Report
 from fkd_med.data import FederatedDataModule
 from fkd_med.errors import ConfigError, RunError
 from fkd_med.federated import FederatedTrainer, Federation
+from fkd_med.federated.quiet import quiet
 from fkd_med.files import atomic_write_text
 from fkd_med.modules import SegmentationModule
 from fkd_med.rundir import RunDir
@@ -154,6 +155,15 @@ class FkdCLI(LightningCLI):
             L.seed_everything(seed, workers=True, verbose=False)
 
     # --- building ---------------------------------------------------------------------------------------------
+
+    def instantiate_classes(self) -> None:
+        """Build everything, without Lightning's notices about the machine."""
+        with quiet():
+            super().instantiate_classes()
+
+    def _set_seed(self) -> None:
+        with quiet():
+            super()._set_seed()
 
     def instantiate_trainer(self, **kwargs: Any) -> FederatedTrainer:
         """Build the trainer with what every run has: metrics.csv and images.csv beside the configured loggers."""

@@ -146,13 +146,14 @@ class Report:
         best = ModelCheckpoint(
             dirpath=run.checkpoints, filename="best-{step}", monitor="val/dice", mode="max", save_last=True
         )
-        return FederatedTrainer(
-            **{**self.trainer.inner_flags, **flags},
-            default_root_dir=str(run.path),
-            federation=federation,
-            logger=[MetricsCSV(run.metrics)],
-            callbacks=[best, ImageRecorder(run.images, panel_every=0)],
-        )
+        with quiet():
+            return FederatedTrainer(
+                **{**self.trainer.inner_flags, **flags},
+                default_root_dir=str(run.path),
+                federation=federation,
+                logger=[MetricsCSV(run.metrics)],
+                callbacks=[best, ImageRecorder(run.images, panel_every=0)],
+            )
 
     # --- files ------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ _LOGGERS = (
 # What Lightning says of any inner Trainer, true and expected here.
 _EXPECTED = (
     ".*does not have many workers.*",
+    ".*You defined a `validation_step` but have no `val_dataloader`.*",
     ".*smaller than the logging interval.*",
     ".*GPU available but not used.*",
     ".*in eval mode at the start of training.*",

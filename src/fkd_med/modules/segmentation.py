@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -92,7 +93,9 @@ class SegmentationModule(LightningModule):
 
     def _keep_plain_hyperparameters(self) -> None:
         """Keep what a safe checkpoint can hold: a module built in Python is not written, its class_path dict is."""
-        self.save_hyperparameters(logger=False)
+        with warnings.catch_warnings():  # Lightning advises to ignore modules, which is what happens below
+            warnings.filterwarnings("ignore", ".*is already saved during checkpointing.*")
+            self.save_hyperparameters(logger=False)
         for name in [name for name, value in self.hparams.items() if not is_plain(value)]:
             del self.hparams[name]
         self._hparams_initial = dict(self.hparams)
