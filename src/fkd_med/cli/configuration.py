@@ -69,5 +69,3 @@ def stored_seed(config: Path) -> int | None:
     except (OSError, yaml.YAMLError, AttributeError):
         return None
     return seed if isinstance(seed, int) and not isinstance(seed, bool) else None
-
-

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import lightning as L
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
 from fkd_med.cli.configuration import fit_networks_to_data, stored_seed
@@ -23,6 +21,7 @@ from fkd_med.federated import FederatedTrainer, Federation
 from fkd_med.federated.quiet import quiet
 from fkd_med.files import atomic_write_text
 from fkd_med.modules import SegmentationModule
+from fkd_med.ranks import is_first_rank
 from fkd_med.rundir import RunDir
 from fkd_med.tracking import ImageRecorder, MetricsCSV, WandbLogger
 
@@ -56,6 +55,8 @@ class FkdCLI(LightningCLI):
             args=arguments,
             parser_kwargs={name: {"exit_on_error": False} for name in self.subcommands()} | {"exit_on_error": False},
         )
+
+    trainer: FederatedTrainer
 
     # --- the parser -------------------------------------------------------------------------------------------
 
@@ -119,7 +120,7 @@ class FkdCLI(LightningCLI):
         if self.subcommand != "teachers":
             config.ckpt_path = self._checkpoint(config.get("ckpt_path"))
         self.resumes = self.subcommand == "fit" and config.get("ckpt_path") is not None
-        if self.subcommand == "fit" and not config.trainer.fast_dev_run and _is_first_rank():
+        if self.subcommand == "fit" and not config.trainer.fast_dev_run and is_first_rank():
             self.run_dir.check(config.overwrite, self.resumes)
         if self.resumes:
             self._take_stored_seed()
@@ -133,7 +134,7 @@ class FkdCLI(LightningCLI):
         """
         folder = Path(self.given.checkpoint.dirpath)
         if asked is None and self.subcommand in ("validate", "test"):
-            asked = "best"
+            asked = "last" if self._is_local() else "best"  # the last one holds every client's own best
         if asked not in ("last", "best"):
             if asked is not None and not Path(asked).is_file():
                 raise RunError(f"The checkpoint {asked} does not exist. Give a file, `last` or `best`.")
@@ -146,6 +147,10 @@ class FkdCLI(LightningCLI):
                 "run_dir of the run that is meant."
             )
         return str(found[-1])
+
+    def _is_local(self) -> bool:
+        federation = self.given.get("federation")
+        return federation is not None and federation.init_args.get("aggregator") is None
 
     def _take_stored_seed(self) -> None:
         seed = stored_seed(self.run_dir.config)
@@ -173,7 +178,8 @@ class FkdCLI(LightningCLI):
         config["callbacks"] = [*(callbacks if isinstance(callbacks, list) else [callbacks])]
         if self.subcommand == "fit" or self.run_dir.exists():
             config["callbacks"].append(ImageRecorder(self.run_dir.images))
-        trainer: FederatedTrainer = super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        assert isinstance(trainer, FederatedTrainer)
         return trainer
 
     def _loggers(self, configured: Any) -> Any:
@@ -190,11 +196,11 @@ class FkdCLI(LightningCLI):
 
     def fit(self, model: L.LightningModule, datamodule: Any, ckpt_path: str | None = None) -> None:
         """Train, then test the best weights and leave a report."""
-        trainer: FederatedTrainer = self.trainer
+        trainer = self.trainer
         self._name(model, datamodule)
         fast = bool(trainer.fast_dev_run)
         self._set_up_data(datamodule, "fit")
-        if not fast and _is_first_rank():
+        if not fast and is_first_rank():
             self.stack.enter_context(self.run_dir.lock())
             self.run_dir.create(overwrite=self.given.overwrite, resume=self.resumes)
             self._write_configuration(datamodule)
@@ -229,7 +235,7 @@ class FkdCLI(LightningCLI):
     def _set_up_data(self, datamodule: Any, stage: str) -> None:
         """Read the data before anything is written, so that bad input costs no run."""
         datamodule.trainer = self.trainer
-        if _is_first_rank():
+        if is_first_rank():
             datamodule.prepare_data()
         datamodule.setup(stage)
 
@@ -250,10 +256,6 @@ def console() -> Console:
     """Return standard output, at least 100 columns wide where it is a file or a pipe."""
     terminal = Console(highlight=False)
     return terminal if terminal.is_terminal else Console(highlight=False, width=max(100, terminal.width))
-
-
-def _is_first_rank() -> bool:
-    return rank_zero_only.rank in (0, None) and int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -15,7 +15,14 @@ from jsonargparse import ArgumentError
 
 from fkd_med.errors import ConfigError, FkdError
 
-_NETWORK = ("URLError", "LocalEntryNotFoundError", "ConnectError", "ConnectionError", "gaierror", "OfflineModeIsEnabled")
+_NETWORK = (
+    "URLError",
+    "LocalEntryNotFoundError",
+    "ConnectError",
+    "ConnectionError",
+    "gaierror",
+    "OfflineModeIsEnabled",
+)
 
 
 @dataclass
@@ -91,9 +98,22 @@ def explain_arguments(text: str) -> str:
     unknown = _unknown_key(text)
     if unknown is None:
         return text.strip()
-    close = difflib.get_close_matches(unknown.split(".")[-1], _vocabulary(), n=3, cutoff=0.6)
-    hint = f" Did you mean {' or '.join(close)}?" if close else " `fkd COMMAND --help` lists what there is."
-    return f"{text.strip()}\n{unknown!r} is unknown.{hint}"
+    where = ".".join(re.findall(r"[Pp]arser key ['\"]([\w.]+)['\"]", text))
+    key = f"{where}.{unknown}" if where and "class_path" not in text else unknown
+    in_place = f" (in {where})" if where and key == unknown else ""
+    hint = _nearest(unknown)
+    return f"{key!r} is unknown{in_place}.{hint}"
+
+
+def _nearest(unknown: str) -> str:
+    """Name the words that an unknown key or class may have been meant to be."""
+    words = _vocabulary()
+    for part in (unknown.split(".")[0], unknown.split(".")[-1]):
+        if part not in words:
+            close = difflib.get_close_matches(part, words, n=3, cutoff=0.6)
+            if close:
+                return f" Did you mean {' or '.join(close)}?"
+    return " `fkd COMMAND --help` and docs/configuration.md list what there is."
 
 
 def _unknown_key(text: str) -> str | None:

@@ -162,7 +162,8 @@ class Report:
         shared = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
         if not model.personal.by_client:
             write_checkpoint(self._exported(model, shared), self.run_dir.student)
-        for client, personal in model.personal.state_dict().items():
+        for client in model.personal.by_client:
+            personal = model.personal.of(client)
             folder = self.run_dir.client(client)
             folder.mkdir(parents=True, exist_ok=True)
             write_checkpoint(self._exported(model, merge(shared, personal)), folder / "student.ckpt")
@@ -190,9 +191,7 @@ class Report:
         atomic_write_text(self.run_dir.path / "report.md", "\n".join(sheet.to_markdown() for sheet in sheets))
         for logger in self.trainer.loggers:
             summary = {f"test/{name}/dice": sum(r.dice for r in rows) / len(rows) for name, rows in arms.items()}
-            logger.log_metrics(
-                {k.replace(" ", "_"): v for k, v in summary.items()}, step=self.trainer.global_step
-            )
+            logger.log_metrics({k.replace(" ", "_"): v for k, v in summary.items()}, step=self.trainer.global_step)
 
     def _traffic(self) -> Sheet:
         """Return what was sent beside what federating larger networks would have sent."""
@@ -249,6 +248,9 @@ def best_checkpoint(trainer: L.Trainer) -> str | None:
     """Return the best checkpoint of a fit, or the last; None tests the weights as they are."""
     callback = trainer.checkpoint_callback
     path = getattr(callback, "best_model_path", "") or getattr(callback, "last_model_path", "")
+    federation = getattr(trainer, "federation", None)
+    if federation is not None and federation.is_local:  # the last one holds every client's own best
+        path = getattr(callback, "last_model_path", "")
     return path if path and Path(path).exists() else None
 
 
@@ -262,7 +264,7 @@ def _predictor(module: SegmentationModule) -> Predictor:
 
     def predict(image: Tensor, client: str) -> Tensor:
         module.eval()
-        module.personal.enter(client)
+        module.personal.enter(client, best=True)
         logits: Tensor = module(image[None].to(module.device))[0]
         module.personal.leave()
         return logits

@@ -27,6 +27,7 @@ from fkd_med.errors import DataError
 
 _NAMES = {"1": "grey", "L": "grey", "I": "grey", "I;16": "grey", "I;16B": "grey", "F": "grey", "LA": "grey + alpha"}
 _NAMES |= {"RGB": "colour", "RGBA": "colour + alpha", "P": "palette", "CMYK": "colour (CMYK)"}
+_ANY_FOREGROUND = MaskCoding(1, (0, 1))  # everything above 0
 
 
 @dataclass
@@ -65,14 +66,14 @@ class DataReport:
 
     Attributes:
         clients: One report per client, by name.
-        coding: What mask values mean.
+        coding: What mask values mean; None where that could not be found out.
         duplicates: Groups of ids with the same pixels.
         errors: What will stop a run, such as damaged files.
         warnings: What may spoil its results, such as one picture in two splits.
     """
 
     clients: list[ClientReport]
-    coding: MaskCoding
+    coding: MaskCoding | None
     duplicates: list[list[str]]
     errors: list[str]
     warnings: list[str]
@@ -90,14 +91,14 @@ class _Seen:
 
 
 def check_data(
-    records: Iterable[Record], manifest: Manifest, coding: MaskCoding, notes: Sequence[str] = ()
+    records: Iterable[Record], manifest: Manifest, coding: MaskCoding | None, notes: Sequence[str] = ()
 ) -> DataReport:
     """Read every image and mask of the manifest and report what is there.
 
     Args:
         records: The records of the set.
         manifest: Who holds what; its hashes are not compared here, see `Manifest.verify`.
-        coding: What `scan_masks` found.
+        coding: What `scan_masks` found; None if it found a fault: values above 0 then count as foreground.
         notes: Warnings to include, such as pairs the layout left out; see `collected_warnings`.
 
     Returns:
@@ -107,7 +108,7 @@ def check_data(
     errors, seen = [], []
     for row in with_progress(manifest.rows, "Reading images and masks", at_least=100):
         try:
-            seen.append(_read(row, by_id, coding))
+            seen.append(_read(row, by_id, coding or _ANY_FOREGROUND))
         except DataError as error:
             errors.append(str(error))
     clients = [_client_report(name, [one for one in seen if one.row.client == name]) for name in manifest.clients()]
@@ -159,8 +160,9 @@ def render(report: DataReport, console: Console | None = None) -> None:
     for client in report.clients:
         contents.add_row(*_contents(client))
     console.print(contents)
-    meaning = ", ".join(f"{value} is class {index}" for index, value in enumerate(report.coding.values))
-    console.print(f"Masks: {meaning}.", highlight=False)
+    if report.coding is not None:
+        meaning = ", ".join(f"{value} is class {index}" for index, value in enumerate(report.coding.values))
+        console.print(f"Masks: {meaning}.", highlight=False)
     for kind, style, lines in (("Error", "bold red", report.errors), ("Warning", "yellow", report.warnings)):
         for line in lines:
             console.print(f"[{style}]{kind}:[/] ", end="")

@@ -205,7 +205,6 @@ def _bounds(interval: Interval, scale: float, style: str, between: str) -> str:
 
 
 def _write(comparison: Comparison, output: Path) -> list[Path]:
-    output.mkdir(parents=True, exist_ok=True)
     atomic_write_text(output / "compare.csv", _csv(comparison.arms))
     curves = {arm.name: arm.curve for arm in comparison.arms if arm.curve and len(arm.curve.rounds) > 1}
     plots = []

@@ -173,8 +173,8 @@ def _overview(samples: Sequence[Sample], classes: int, path: Path) -> None:
         axes = grid[clients.index(sample.client), ranks.index(sample.rank)]
         _show(axes, sample.image)
         _contours(axes, sample.truth, sample.predictions, classes)
-        scores = "  ".join(f"{n} {_dice(m, sample.truth, classes)}" for n, m in sample.predictions.items())
-        axes.set_title(f"{sample.client}, {sample.rank}: {sample.id}\n{scores}", fontsize=8, parse_math=False)
+        scores = " / ".join(_dice(mask, sample.truth, classes) for mask in sample.predictions.values())
+        axes.set_title(f"{sample.client}, {sample.rank}: {sample.id}\nDice {scores}", fontsize=8, parse_math=False)
     names = {name: name for s in samples for name in s.predictions}
     _legend(figure, any(s.truth is not None for s in samples), names, columns=1 + len(names))
     _render(figure, path)

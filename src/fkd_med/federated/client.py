@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from fkd_med.communication import Broadcast, Update
@@ -24,6 +23,7 @@ from fkd_med.federated.progress import LossOnBar, Reporter
 from fkd_med.federated.quiet import quiet
 from fkd_med.modules.personal import merge
 from fkd_med.modules.schedule import RunClock
+from fkd_med.ranks import is_first_rank
 from fkd_med.seeding import seeded
 
 
@@ -137,7 +137,7 @@ class ClientWorker:
         kept = after if self.federation.optimizer_state == "keep" else ClientState()
         personal = self.federation.personal_names(list(state))
         kept.personal = {name: state[name] for name in state if name in personal}
-        if rank_zero_only.rank in (0, None):
+        if is_first_rank():
             self.states.save(client, round, kept)
 
     def _trainer(self, client: str, round: int, callbacks: list[L.Callback]) -> L.Trainer:
@@ -174,5 +174,3 @@ def _plain(state: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in state.items() if name != "lr_lambdas"} | (
         {"lr_lambdas": [None] * len(state["lr_lambdas"])} if "lr_lambdas" in state else {}
     )
-
-

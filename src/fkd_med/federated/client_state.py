@@ -16,7 +16,6 @@ from fkd_med.checkpoints import read_checkpoint, write_checkpoint
 from fkd_med.errors import RunError
 
 
-
 @dataclass
 class ClientState:
     """The state of one client after a round.

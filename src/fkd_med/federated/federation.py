@@ -35,7 +35,7 @@ class Federation:
         rounds: int = 20,
         local_epochs: int = 1,
         local_steps: int | None = None,
-        aggregator: Aggregator | None = lazy_instance(FedAvg),
+        aggregator: Aggregator | None = lazy_instance(FedAvg),  # noqa: B008 - made when first used
         fraction: float = 1.0,
         optimizer_state: Literal["reset", "keep"] = "reset",
         client_callbacks: list[Callback] | None = None,

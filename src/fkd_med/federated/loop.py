@@ -84,7 +84,7 @@ class FederatedLoop(_FitLoop):
     @property
     def round(self) -> int:
         """The open round, counted from 1."""
-        return int(self.epoch_progress.current.processed) + 1
+        return int(self.epoch_progress.current.processed) + 1  # type: ignore[attr-defined]
 
     # --- before the first round -------------------------------------------------------------------------------
 
@@ -200,7 +200,7 @@ class FederatedLoop(_FitLoop):
         round, trainer = self.round, self._federated_trainer
         self.exchange.ledger.flush() if trainer.is_global_zero else None
         ledger = self.exchange.ledger
-        self.metrics |= {f"bytes/{way}": float(ledger.total(round, None, way)) for way in ("up", "down")}  # type: ignore[arg-type]
+        self.metrics |= {f"bytes/{way}": float(ledger.total(round, None, way)) for way in ("up", "down")}
         self.metrics["bytes/total"] = float(ledger.total())
         for logger in trainer.loggers:
             logger.log_metrics(self.metrics, step=round)
@@ -269,5 +269,3 @@ class FederatedLoop(_FitLoop):
         """Take the progress bar away."""
         self._federated_trainer.reporter.end()
         super().teardown()
-
-

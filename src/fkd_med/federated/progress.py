@@ -6,9 +6,10 @@ import time
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fkd_med.ranks import is_first_rank
 
 
 def format_seconds(seconds: float) -> str:
@@ -28,7 +29,7 @@ class Reporter:
 
     def __init__(self, console: Console | None = None, enabled: bool = True) -> None:
         self.console = console or Console(highlight=False)
-        self.enabled = enabled and rank_zero_only.rank in (0, None)
+        self.enabled = enabled and is_first_rank()
         self._progress: Progress | None = None
         self._task: Any = None
         self._units = self._done = 0

@@ -18,7 +18,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -31,6 +30,7 @@ from fkd_med.federated.progress import LossOnBar, Reporter
 from fkd_med.federated.quiet import quiet
 from fkd_med.files import atomic_write_bytes, atomic_write_text
 from fkd_med.modules import SegmentationModule, TeacherSource
+from fkd_med.ranks import is_first_rank
 from fkd_med.seeding import global_seed, seeded
 
 POOLED = "all-clients"
@@ -181,7 +181,7 @@ class TeacherStage(TeacherSource):
         curve: TeacherCurve,
     ) -> None:  # fmt: skip
         """Write weights, then the note that makes them valid; then drop the training checkpoints."""
-        if rank_zero_only.rank not in (0, None):
+        if not is_first_rank():
             return
         state = self._read(Path(best), name) if best else module.network.state_dict()
         data = save({k: v.detach().cpu().contiguous().clone() for k, v in state.items()})
@@ -202,14 +202,16 @@ class TeacherStage(TeacherSource):
     @contextmanager
     def _locked(self, folder: Path) -> Iterator[None]:
         """Let one process at a time train this teacher; others wait and then find it."""
-        if rank_zero_only.rank not in (0, None):
+        if not is_first_rank():
             yield
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
             handle = open(folder / "lock", "w")  # noqa: SIM115
         except OSError as error:
-            raise RunError(f"The teacher store {self.store} cannot be written ({error}): name another folder.") from error
+            raise RunError(
+                f"The teacher store {self.store} cannot be written ({error}): name another folder."
+            ) from error
         with handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             handle.write(str(os.getpid()))
@@ -225,8 +227,7 @@ class TeacherStage(TeacherSource):
         shapes = [k for k in sorted(wanted.keys() & state.keys()) if wanted[k].shape != state[k].shape]
         if missing or extra or shapes:
             first = (
-                f"tensor {shapes[0]} is {tuple(state[shapes[0]].shape)} there and "
-                f"{tuple(wanted[shapes[0]].shape)} here"
+                f"tensor {shapes[0]} is {tuple(state[shapes[0]].shape)} there and {tuple(wanted[shapes[0]].shape)} here"
                 if shapes
                 else f"missing {', '.join(missing[:3]) or 'nothing'}, unknown {', '.join(extra[:3]) or 'nothing'}"
             )
@@ -306,9 +307,11 @@ def read_tensors(path: Path, name: str) -> Mapping[str, Any]:
     """Read tensors from a safetensors file or a torch file without executing anything in it."""
     try:
         if path.suffix == ".safetensors":
-            return load(path.read_bytes())
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-        return stored.get("state_dict", stored)  # type: ignore[no-any-return]
+            stored: Mapping[str, Any] = load(path.read_bytes())
+        else:
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+        tensors: Mapping[str, Any] = stored.get("state_dict", stored)
+        return tensors
     except FileNotFoundError as error:
         raise RunError(f"The teacher of {name}, {path}, does not exist: correct model.teacher.checkpoints.") from error
     except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError, AttributeError, EOFError) as error:

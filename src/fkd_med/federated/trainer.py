@@ -44,6 +44,9 @@ class FederatedTrainer(L.Trainer):
         kwargs: those of `lightning.Trainer`.
     """
 
+    fast_dev_run: int | bool
+    datamodule: Any
+
     def __init__(self, *args: Any, federation: Federation | None = None, **kwargs: Any) -> None:
         self.federation = federation
         self.flags = dict(kwargs)
@@ -116,7 +119,7 @@ class FederatedTrainer(L.Trainer):
             return
         if source is None:
             raise ConfigError("Distillation needs a teacher for each client: give model.teacher.")
-        self._ensure(module, self.datamodule, list(clients))  # type: ignore[attr-defined]
+        self._ensure(module, self.datamodule, list(clients))
 
     def _ensure(self, module: DistillationModule, data: Any, clients: list[str | None]) -> None:
         source = module.teacher_source
@@ -180,5 +183,3 @@ def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
-
-

@@ -12,7 +12,7 @@ from torch.nn import functional
 from fkd_med.errors import ConfigError, TrainingError
 from fkd_med.losses import DistillationTerm, LogitKL, supervised_loss
 from fkd_med.modules.segmentation import SegmentationModule
-from fkd_med.modules.teacher import Teaching, TeacherSource, freeze
+from fkd_med.modules.teacher import TeacherSource, Teaching, freeze
 from fkd_med.networks import forward_padded
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
@@ -26,14 +26,28 @@ class PersonalTensors:
         self._module = module
         self._shared: State | None = None
         self.by_client: dict[str, State] = {}
+        self.best: dict[str, State] = {}
+        self.best_score: dict[str, float] = {}
 
-    def enter(self, client: str | None) -> None:
-        """Load the merged state of `client`; nothing happens while no client has personal tensors."""
+    def enter(self, client: str | None, best: bool = False) -> None:
+        """Load the merged state of `client`; nothing happens while no client has personal tensors.
+
+        Args:
+            client: whose tensors to take.
+            best: those of the client's best validation instead of the latest.
+        """
         if not self.by_client:
             return
         if self._shared is None:
             self._shared = {name: tensor.detach().clone() for name, tensor in self._module.state_dict().items()}
-        self._module.load_state_dict(merge(self._shared, self.by_client.get(client or "")))
+        own = self.best if best and client in self.best else self.by_client
+        self._module.load_state_dict(merge(self._shared, own.get(client or "")))
+
+    def note(self, client: str, score: float) -> None:
+        """Keep a client's tensors if they validate better than all before: alone, each client stops at its best."""
+        if client in self.by_client and score > self.best_score.get(client, float("-inf")):
+            self.best_score[client] = score
+            self.best[client] = self.by_client[client]
 
     def leave(self) -> None:
         """Put the shared tensors back."""
@@ -41,13 +55,21 @@ class PersonalTensors:
             self._module.load_state_dict(self._shared)
             self._shared = None
 
-    def state_dict(self) -> dict[str, State]:
-        """Return the personal tensors by client, on the CPU."""
-        return {client: {k: v.cpu() for k, v in state.items()} for client, state in self.by_client.items()}
+    def of(self, client: str) -> State:
+        """Return the tensors a client predicts with: those of its best validation, else the latest."""
+        return self.best.get(client) or self.by_client[client]
 
-    def load_state_dict(self, by_client: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over tensors that `state_dict` returned."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the latest and best personal tensors by client, and the best scores."""
+        return {"latest": _on_cpu(self.by_client), "best": _on_cpu(self.best), "best_score": dict(self.best_score)}
+
+    def load_state_dict(self, stored: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned; nothing stored is no personal tensors."""
         self._shared = None
-        self.by_client = {
-            client: {k: torch.as_tensor(v) for k, v in state.items()} for client, state in by_client.items()
-        }
+        self.by_client = _on_cpu(stored.get("latest", {}))
+        self.best = _on_cpu(stored.get("best", {}))
+        self.best_score = dict(stored.get("best_score", {}))
+
+
+def _on_cpu(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, State]:
+    return {client: {name: tensor.cpu() for name, tensor in state.items()} for client, state in states.items()}

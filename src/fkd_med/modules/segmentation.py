@@ -172,7 +172,7 @@ class SegmentationModule(LightningModule):
 
     def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Evaluate with the tensors of the client the batch belongs to."""
-        self.personal.enter(batch["client"][0])
+        self.personal.enter(batch["client"][0], best=True)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score each image at working resolution: Dice and IoU."""
@@ -244,6 +244,8 @@ class SegmentationModule(LightningModule):
             logged["val/loss"] = sum(losses) / len(losses)
         for client, scores in summary.clients.items():
             logged[f"{client}/{split}_dice"] = scores.dice
+            if split == "val":
+                self.personal.note(client, scores.dice)
         self.log_dict(logged, rank_zero_only=False, sync_dist=False)
 
     @staticmethod

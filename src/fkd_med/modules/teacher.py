@@ -22,7 +22,7 @@ class TeacherSource(ABC):
             options: how to train: the trainer flags and the reporter of the run.
         """
 
-    def check_names(self, clients: list[str]) -> None:
+    def check_names(self, clients: list[str]) -> None:  # noqa: B027 - most sources name nobody
         """Refuse a configuration that names clients which do not exist; called before any training."""
 
     @abstractmethod

@@ -32,7 +32,7 @@ class ImageRecorder(L.Callback):
         """After a resume, forget what later rounds had written: they come again."""
         if not trainer.is_global_zero or not trainer.ckpt_path:
             return
-        done = trainer.fit_loop.epoch_progress.current.processed
+        done = trainer.current_epoch
         ImageTable.drop_after(self.path, done)
         for logger in trainer.loggers:
             drop = getattr(logger, "drop_after", None)

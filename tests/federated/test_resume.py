@@ -1,0 +1,217 @@
+"""A run that was killed goes on at the grain of rounds, and ends bit for bit as if nothing had happened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from fkd_med.errors import ConfigError, RunError
+from fkd_med.federated import Federation
+
+FILES = ("ledger.csv", "images.csv", "metrics.csv")
+ROUNDS = 4
+
+
+class KilledError(Exception):
+    """Stands for a crash."""
+
+
+class Kill(L.Callback):
+    """Raises in a hook of a round."""
+
+    def __init__(self, hook: str, round: int) -> None:
+        self.round = round
+        setattr(self, hook, self._die)
+
+    def _die(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        if trainer.fit_loop.round == self.round and not trainer.sanity_checking:
+            raise KilledError
+
+
+class Rounds(L.Callback):
+    """Notes which rounds were opened."""
+
+    def __init__(self, opened: list[int]) -> None:
+        self.opened = opened
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self.opened.append(trainer.fit_loop.round)
+
+
+def fit(fed: Any, folder: Path, *callbacks: Any, resume: bool = False, recipe: Any = None, **options: Any) -> Any:
+    federation = Federation(**{"rounds": ROUNDS, **(recipe or {})})
+    trainer = fed.trainer(folder, federation, callbacks=list(callbacks), **options)
+    module = fed.student(optimizer=fed.sgd, scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 3, 0.7))
+    ckpt = str(folder / "checkpoints" / "last.ckpt") if resume else None
+    trainer.fit(module, datamodule=fed.Hospitals(), ckpt_path=ckpt)
+    return trainer, fed.weights(module) | {
+        f"{client}/{name}": tensor for client, state in module.personal.by_client.items() for name, tensor in state.items()
+    }
+
+
+def texts(folder: Path) -> dict[str, str]:
+    return {name: (folder / name).read_text() for name in FILES if (folder / name).exists()}
+
+
+KILLS = {
+    "before round 3": ("on_train_epoch_start", 3),
+    "inside round 3": ("on_train_batch_end", 3),
+    "in the evaluation of round 3": ("on_validation_end", 3),
+    "after round 3, before its checkpoint": ("on_train_epoch_end", 3),
+    "while the checkpoint of round 3 is made": ("on_save_checkpoint", 3),
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    "reset": {},
+    "keep": {"optimizer_state": "keep"},
+    "keep, half of the clients": {"optimizer_state": "keep", "fraction": 0.5},
+    "local only": {"aggregator": None},
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return {"folder": tmp_path_factory.mktemp("whole"), "runs": {}}
+
+
+def reference(fed: Any, uninterrupted: dict[str, Any], name: str) -> tuple[Path, Any]:
+    folder = uninterrupted["folder"] / name.replace(" ", "-")
+    if name not in uninterrupted["runs"]:
+        uninterrupted["runs"][name] = fit(fed, folder, recipe=RECIPES[name])[1]
+    return folder, uninterrupted["runs"][name]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("kill", KILLS)
+def test_resumed_run_is_bit_identical(fed, tmp_path, uninterrupted, name, kill) -> None:
+    whole, expected = reference(fed, uninterrupted, name)
+    if name != "keep" and kill not in ("before round 3", "after round 3, before its checkpoint"):
+        pytest.skip("one recipe is killed everywhere, the others at two places")
+    with pytest.raises(KilledError):
+        fit(fed, tmp_path, Kill(*KILLS[kill]), recipe=RECIPES[name])
+    opened: list[int] = []
+    trainer, state = fit(fed, tmp_path, Rounds(opened), resume=True, recipe=RECIPES[name])
+    assert opened == [3, 4]
+    assert fed.same(state, expected)
+    assert texts(tmp_path) == texts(whole)
+    assert trainer.global_step == trainer.current_epoch == ROUNDS
+    assert not list((tmp_path / "journal").glob("*"))
+
+
+def test_killed_twice(fed, tmp_path, uninterrupted) -> None:
+    whole, expected = reference(fed, uninterrupted, "keep")
+    for round in (2, 4):
+        with pytest.raises(KilledError):
+            fit(fed, tmp_path, Kill("on_validation_end", round), resume=round > 2, recipe=RECIPES["keep"])
+    _, state = fit(fed, tmp_path, resume=True, recipe=RECIPES["keep"])
+    assert fed.same(state, expected)
+    assert texts(tmp_path) == texts(whole)
+
+
+@pytest.mark.parametrize("hook", ["on_train_epoch_start", "on_validation_end"])
+def test_evaluating_every_second_round(fed, tmp_path, hook) -> None:
+    """Such checkpoints are written inside the evaluation; the round they close is not repeated."""
+    options = {"check_val_every_n_epoch": 2}
+    _, expected = fit(fed, tmp_path / "whole", recipe=RECIPES["keep"], **options)
+    round = 3 if hook == "on_train_epoch_start" else 4
+    with pytest.raises(KilledError):
+        fit(fed, tmp_path / "cut", Kill(hook, round), recipe=RECIPES["keep"], **options)
+    opened: list[int] = []
+    trainer, state = fit(fed, tmp_path / "cut", Rounds(opened), resume=True, recipe=RECIPES["keep"], **options)
+    assert opened == [3, 4]
+    assert fed.same(state, expected)
+    assert texts(tmp_path / "cut") == texts(tmp_path / "whole")
+    assert trainer.global_step == trainer.current_epoch == ROUNDS
+
+
+def test_killed_while_the_round_after_the_checkpoint_of_an_evaluation_ends(fed, tmp_path) -> None:
+    """Killed after the evaluation's checkpoint, before the round itself is over: still the round is done."""
+    options = {"check_val_every_n_epoch": 2}
+    _, expected = fit(fed, tmp_path / "whole", recipe=RECIPES["keep"], **options)
+    with pytest.raises(KilledError):
+        fit(fed, tmp_path / "cut", Kill("on_train_epoch_end", 2), recipe=RECIPES["keep"], **options)
+    assert (tmp_path / "cut" / "checkpoints" / "last.ckpt").exists()
+    opened: list[int] = []
+    _, state = fit(fed, tmp_path / "cut", Rounds(opened), resume=True, recipe=RECIPES["keep"], **options)
+    assert opened == [3, 4]
+    assert fed.same(state, expected)
+    assert texts(tmp_path / "cut")["images.csv"] == texts(tmp_path / "whole")["images.csv"]
+    assert texts(tmp_path / "cut")["ledger.csv"] == texts(tmp_path / "whole")["ledger.csv"]
+
+
+def test_checkpoint_every_second_round(fed, tmp_path, uninterrupted) -> None:
+    """Client states that the older checkpoint names outlive the rounds after it."""
+    whole, expected = reference(fed, uninterrupted, "keep")
+    with pytest.raises(KilledError):
+        fit(fed, tmp_path, Kill("on_train_epoch_end", 4), save_every=2, recipe=RECIPES["keep"])
+    opened: list[int] = []
+    _, state = fit(fed, tmp_path, Rounds(opened), resume=True, save_every=2, recipe=RECIPES["keep"])
+    assert opened == [3, 4]
+    assert fed.same(state, expected)
+    assert texts(tmp_path) == texts(whole)
+
+
+def test_more_rounds_go_on_where_a_finished_run_ended(fed, tmp_path, uninterrupted) -> None:
+    _, expected = reference(fed, uninterrupted, "reset")
+    module = fed.student(optimizer=fed.sgd, scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 3, 0.7))
+    fed.trainer(tmp_path, Federation(rounds=2)).fit(module, datamodule=fed.Hospitals())
+    opened: list[int] = []
+    _, state = fit(fed, tmp_path, Rounds(opened), resume=True)
+    assert opened == [3, 4]
+    assert fed.same(state, expected)
+
+
+def test_a_finished_run_does_nothing_more(fed, tmp_path) -> None:
+    _, expected = fit(fed, tmp_path, recipe={"rounds": 2})
+    before, opened = texts(tmp_path), []  # type: ignore[var-annotated]
+    _, state = fit(fed, tmp_path, Rounds(opened), resume=True, recipe={"rounds": 2})
+    assert opened == []
+    assert fed.same(state, expected)
+    assert texts(tmp_path) == before
+
+
+def test_other_seed_threads_or_kind_of_run_are_refused(fed, tmp_path, monkeypatch) -> None:
+    fit(fed, tmp_path, recipe={"rounds": 1})
+    monkeypatch.setenv("PL_GLOBAL_SEED", "8")
+    with pytest.raises(ConfigError, match="started with seed 7.*8.*--seed_everything 7"):
+        fit(fed, tmp_path, resume=True)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    torch.set_num_threads(2)
+    with pytest.raises(ConfigError, match="used 1 CPU threads.*set federation.threads to 1"):
+        fit(fed, tmp_path, resume=True)
+    fit(fed, tmp_path, resume=True, recipe={"threads": 1})
+    plain = L.Trainer(
+        max_steps=1, accelerator="cpu", logger=False, default_root_dir=tmp_path, limit_val_batches=0,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    module = fed.student(optimizer=fed.sgd, scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 3, 0.7))
+    plain.fit(module, datamodule=fed.Hospitals())
+    plain.save_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    with pytest.raises(RunError, match="without federation"):
+        fit(fed, tmp_path, resume=True)
+
+
+def test_a_lost_client_state_is_named(fed, tmp_path) -> None:
+    fit(fed, tmp_path, recipe={"rounds": 2, "optimizer_state": "keep"})
+    for path in (tmp_path / "clients" / "b").iterdir():
+        path.unlink()
+    with pytest.raises(RunError, match="state of client b after round 2.*--overwrite"):
+        fit(fed, tmp_path, resume=True, recipe={"optimizer_state": "keep"})
+
+
+def test_client_states_are_pruned(fed, tmp_path) -> None:
+    """Only the current versions and those that a checkpoint on disk names remain."""
+    trainer, _ = fit(fed, tmp_path, recipe={"rounds": 4, "optimizer_state": "keep"})
+    best = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)
+    rounds = {4, best["loops"]["fit_loop"]["state_dict"]["federation"]["round"]}
+    for client in fed.SIZES:
+        found = {p.name for p in (tmp_path / "clients" / client).iterdir()}
+        assert found == {f"state-{round:05d}.pt" for round in rounds}
+
+
+def test_reset_without_personal_tensors_writes_no_state(fed, tmp_path) -> None:
+    fit(fed, tmp_path, recipe={"rounds": 1})
+    assert not list((tmp_path / "clients").glob("*/*"))
