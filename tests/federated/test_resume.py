@@ -28,7 +28,7 @@ class Kill(L.Callback):
         setattr(self, hook, self._die)
 
     def _die(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
-        if trainer.fit_loop.round == self.round and not trainer.sanity_checking:
+        if trainer.current_epoch + 1 == self.round and not trainer.sanity_checking:
             raise KilledError
 
 

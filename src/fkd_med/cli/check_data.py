@@ -155,7 +155,7 @@ def _count(report: DataReport) -> str:
 
 
 def _console() -> Console:
-    terminal = Console(highlight=False, soft_wrap=True)
-    return (
-        terminal if terminal.is_terminal else Console(highlight=False, soft_wrap=True, width=max(120, terminal.width))
-    )
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = max(120, console.width)
+    return console

@@ -16,9 +16,7 @@ from fkd_med.data import FederatedDataModule
 
 # What else a training configuration holds.
 OTHER_KEYS = ("model", "trainer", "federation", "checkpoint", "run_dir", "overwrite", "test_after_fit", "ckpt_path")
-_HELP = (
-    "The data, as in a training configuration: --data.root DIR, --data.image_size 256, ... (--data.help lists them)."
-)
+_HELP = "The data, as in a training configuration: --data.root DIR, --data.image_size 256, ...; --data.help lists them."
 
 
 def data_parser(prog: str, description: str) -> ArgumentParser:

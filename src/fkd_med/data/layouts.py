@@ -150,7 +150,7 @@ def existing(root: Path) -> Path:
     """
     root = Path(root).expanduser()
     if not root.is_dir():
-        raise DataError(f"data.root: {root}: no such folder.")
+        raise DataError(f"data.root: {root}: no such folder. Give the data set with --data.root DIR.")
     if not any(root.iterdir()):
         raise DataError(f"data.root: {root}: the folder is empty. Put the data set there, or name another.")
     return root

@@ -28,7 +28,11 @@ from fkd_med.seeding import seeded
 
 
 class KeepOptimizers(L.Callback):
-    """Gives a fresh Trainer the optimizer and scheduler state a client had, and takes it back at the end."""
+    """Gives a fresh Trainer's optimizers the moments a client had, and takes them back at the end.
+
+    Only the moments: learning rates and the like follow the schedule, which `RunClock` puts at its place in the run
+    even for a client that sat out some rounds.
+    """
 
     def __init__(self, before: ClientState) -> None:
         self.before = before
@@ -37,14 +41,11 @@ class KeepOptimizers(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Load the state of the client's last round."""
         for optimizer, state in zip(trainer.optimizers, self.before.optimizers, strict=False):
-            optimizer.load_state_dict(copy.deepcopy(state))
-        for config, state in zip(trainer.lr_scheduler_configs, self.before.schedulers, strict=False):
-            config.scheduler.load_state_dict(copy.deepcopy(state))
+            optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the state as it is after this round."""
         self.after.optimizers = [copy.deepcopy(optimizer.state_dict()) for optimizer in trainer.optimizers]
-        self.after.schedulers = [_plain(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs]
 
 
 class MeanBuffers(L.Callback):
@@ -167,10 +168,3 @@ class ClientWorker:
             epoch=int((round - 1) * epochs),
             total_steps=federation.rounds * steps,
         )
-
-
-def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    """Drop what a safe file cannot hold (the functions of a LambdaLR)."""
-    return {name: value for name, value in state.items() if name != "lr_lambdas"} | (
-        {"lr_lambdas": [None] * len(state["lr_lambdas"])} if "lr_lambdas" in state else {}
-    )

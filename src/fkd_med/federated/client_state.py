@@ -22,18 +22,16 @@ class ClientState:
 
     Args:
         optimizers: state dicts of the optimizers, if the policy keeps them.
-        schedulers: state dicts of the schedulers, if the policy keeps them.
         personal: tensors of the student that stay with the client.
     """
 
     optimizers: list[dict[str, Any]] = field(default_factory=list)
-    schedulers: list[dict[str, Any]] = field(default_factory=list)
     personal: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to keep."""
-        return not (self.optimizers or self.schedulers or self.personal)
+        return not (self.optimizers or self.personal)
 
 
 class ClientStates:
@@ -62,7 +60,7 @@ class ClientStates:
         path = self.path(client, self.versions[client])
         try:
             stored = read_checkpoint(path)
-            return ClientState(stored["optimizers"], stored["schedulers"], stored["personal"])
+            return ClientState(stored["optimizers"], stored["personal"])
         except (RunError, KeyError) as error:
             raise RunError(
                 f"The state of client {client} after round {self.versions[client]} cannot be read from {path} "

@@ -53,6 +53,17 @@ def inner_trainer(flags: Mapping[str, Any], **options: Any) -> L.Trainer:
 
 def release(trainer: L.Trainer) -> None:
     """Cut the reference cycles of a Trainer that is done, so that its model and optimizers are freed at once."""
+    module = trainer.lightning_module
     trainer.strategy.optimizers = []
+    trainer.strategy.lr_scheduler_configs = []
     trainer.strategy._lightning_module = None
     trainer.strategy.model = None
+    if module is not None:
+        module._trainer = None
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning hangs the module's own methods on each
+        vars(callback).pop("log", None)
+        vars(callback).pop("log_dict", None)
+    trainer._data_connector._datahook_selector = None
+    for loop in (trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop):
+        loop._data_source.instance = None
+    trainer.predict_loop._data_source.instance = None

@@ -51,6 +51,7 @@ class RoundLoop(_TrainingEpochLoop):
     def evaluate(self) -> None:
         """Run the server's validation, if this round is one to validate after."""
         if self._should_check_val_epoch():
+            self.val_loop.restarting = False  # after a resume: this evaluation is a new one
             self.trainer.validating = True
             self.val_loop.run()
             self.trainer.training = True
@@ -179,10 +180,15 @@ class FederatedLoop(_FitLoop):
             return
         state = self.federation.aggregator.aggregate(broadcast, self.exchange.updates(files))
         self.server.load_state_dict(state)
+        self.trainer.strategy.barrier("combined")  # before rank 0 may clear the journal that all ranks read
 
     def _close(self, round: int, chosen: list[str]) -> None:
-        """Count the round, accept what its clients keep, and show each client's own tensors to the evaluation."""
+        """Count and log the round, accept what its clients keep, show each client's own tensors to the evaluation.
+
+        All before evaluating: a checkpoint that the evaluation writes holds a closed round.
+        """
         self.epoch_loop.close_round()
+        self._log(round)
         self.server.clock = RunClock(round=round)  # type: ignore[assignment]
         for client in chosen:
             self.states.accept(client, round)
@@ -195,19 +201,23 @@ class FederatedLoop(_FitLoop):
                 )
             personal.by_client |= {client: self.states.load(client).personal for client in chosen}
 
-    def on_advance_end(self) -> None:
-        """Log the round, then let Lightning write checkpoints."""
-        round, trainer = self.round, self._federated_trainer
+    def _log(self, round: int) -> None:
+        """Write the ledger, and log what the clients measured and what travelled."""
+        trainer = self._federated_trainer
         self.exchange.ledger.flush() if trainer.is_global_zero else None
         ledger = self.exchange.ledger
         self.metrics |= {f"bytes/{way}": float(ledger.total(round, None, way)) for way in ("up", "down")}
         self.metrics["bytes/total"] = float(ledger.total())
         for logger in trainer.loggers:
             logger.log_metrics(self.metrics, step=round)
+
+    def on_advance_end(self) -> None:
+        """Report the round, then let Lightning write checkpoints."""
+        round, trainer = self.round, self._federated_trainer
         self._report(round)
         super().on_advance_end()
         self.exchange.close_round(round)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and self.states.versions:
             self.states.prune(trainer.needed_states())
 
     def _report(self, round: int) -> None:
@@ -246,6 +256,11 @@ class FederatedLoop(_FitLoop):
                 "with its own configuration, or start a federated run without --ckpt_path."
             )
         self._restored = state_dict["federation"]
+        if self._restored["round"] > self.epoch_progress.current.processed:  # type: ignore[attr-defined]
+            # Written during the evaluation after a round, which Lightning takes for the middle of an epoch: the round
+            # is closed, so neither train it again nor go back into it.
+            self.epoch_progress.increment_processed()
+            self.epoch_progress.increment_completed()
 
     def _restore(self) -> None:
         if not self._restored:

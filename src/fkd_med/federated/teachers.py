@@ -8,7 +8,6 @@ import fcntl
 import hashlib
 import json
 import os
-import pickle
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
@@ -30,10 +28,15 @@ from fkd_med.federated.progress import LossOnBar, Reporter
 from fkd_med.federated.quiet import quiet
 from fkd_med.files import atomic_write_bytes, atomic_write_text
 from fkd_med.modules import SegmentationModule, TeacherSource
+from fkd_med.modules.segmentation import is_plain
 from fkd_med.ranks import is_first_rank
 from fkd_med.seeding import global_seed, seeded
 
 POOLED = "all-clients"
+_NUMERICS = (
+    "precision", "gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches", "limit_train_batches",
+    "limit_val_batches",
+)  # fmt: skip
 
 
 class TeacherStage(TeacherSource):
@@ -86,7 +89,7 @@ class TeacherStage(TeacherSource):
         path = folder / "teacher.safetensors"
         reporter = options.get("reporter") or Reporter(enabled=False)
         with self._locked(folder):
-            if self._is_valid(path, key):
+            if _as_rank_zero_says(self._is_valid(path, key)):
                 reporter.line(f"teacher of {name}: found in {folder}")
                 reporter.advance(self.epochs)
             else:
@@ -122,13 +125,13 @@ class TeacherStage(TeacherSource):
         description = {
             "images": data.fingerprint(client),
             "module": describe(self.module),
-            "epochs": self.epochs,
+            "epochs": 1 if flags.get("limit_val_batches") else self.epochs,  # fast_dev_run: see _train
             "seed": global_seed(),
             "batch_size": getattr(data, "batch_size", None),
             "augmentation": describe_augmentation(getattr(data, "augmentation", None)),
             **{
                 name: str(flags[name])
-                for name in ("precision", "gradient_clip_val", "accumulate_grad_batches", "limit_train_batches")
+                for name in _NUMERICS
                 if name in flags
             },
         }
@@ -283,16 +286,40 @@ def describe(module: SegmentationModule) -> dict[str, Any]:
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = module.optimizer([parameter])
     described: dict[str, Any] = {
+        "configuration": _configuration(module),
         "network": str(module.network),
         "tensors": {k: [str(v.dtype), *v.shape] for k, v in module.network.state_dict().items()},
-        "loss": [str(module.loss), {k: str(v) for k, v in vars(module.loss).items() if not k.startswith("_")}],
+        "loss": [[type(part).__name__, _plain_attributes(part)] for part in module.loss.modules()],
         "optimizer": [type(optimizer).__name__, {k: str(v) for k, v in optimizer.defaults.items()}],
     }
     if module.scheduler is not None:
         scheduler = module.scheduler(optimizer)
-        kept = {k: str(v) for k, v in vars(scheduler).items() if isinstance(v, int | float | str | list)}
-        described["scheduler"] = [type(scheduler).__name__, kept, module.scheduler_interval]
+        described["scheduler"] = [type(scheduler).__name__, _plain_attributes(scheduler), module.scheduler_interval]
     return described
+
+
+def _configuration(module: SegmentationModule) -> Any:
+    """Return what the command line built a teacher from, which says more than the object: pretrained weights.
+
+    Lightning keeps with a module inside another one the configuration of the outer one.
+    """
+    outer = module.hparams.get("teacher")
+    arguments = outer.get("init_args") if isinstance(outer, Mapping) else None
+    return arguments.get("module") if isinstance(arguments, Mapping) else None
+
+
+def _plain_attributes(thing: Any) -> dict[str, str]:
+    """Return the public numbers and words of an object; anything else may show an address, different each time."""
+    return {k: str(v) for k, v in sorted(vars(thing).items()) if not k.startswith("_") and is_plain(v)}
+
+
+def _as_rank_zero_says(value: bool) -> bool:
+    """Return the value of rank 0: another process may write a teacher between two ranks' looks at it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        said = [value]
+        torch.distributed.broadcast_object_list(said, src=0)
+        return said[0]
+    return value
 
 
 def describe_augmentation(augmentation: Any) -> Any:
@@ -314,9 +341,10 @@ def read_tensors(path: Path, name: str) -> Mapping[str, Any]:
         return tensors
     except FileNotFoundError as error:
         raise RunError(f"The teacher of {name}, {path}, does not exist: correct model.teacher.checkpoints.") from error
-    except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError, AttributeError, EOFError) as error:
+    except Exception as error:  # a damaged or foreign file gives errors of many kinds
+        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise RunError(
-            f"The teacher of {name} in {path} cannot be read as tensors ({str(error).splitlines()[0]}): give a "
+            f"The teacher of {name} in {path} cannot be read as tensors ({first}): give a "
             "Lightning checkpoint, a state dict or a safetensors file."
         ) from error
 

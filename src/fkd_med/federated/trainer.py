@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,7 +56,8 @@ class FederatedTrainer(L.Trainer):
             kwargs = self._server_flags(federation, kwargs)
         kwargs["plugins"] = [*_as_list(kwargs.get("plugins")), SafeCheckpointIO()]
         super().__init__(*args, **kwargs)
-        self.run_dir = RunDir(self.default_root_dir)
+        # A trial run must not touch the run that may lie in its folder.
+        self.run_dir = RunDir(f"{self.default_root_dir}.fast-dev-run" if self.fast_dev_run else self.default_root_dir)
         self.reporter = Reporter(enabled=federation is not None)
         if federation is not None:
             self.fit_loop = FederatedLoop(self, federation)
@@ -72,9 +74,11 @@ class FederatedTrainer(L.Trainer):
             raise ConfigError(f"trainer.strategy {strategy} cannot run inside a federation: use ddp, or one device.")
         for callback in _as_list(kwargs.get("callbacks")):
             if isinstance(callback, _CLIENT_ONLY):
+                logged = isinstance(callback, LearningRateMonitor)
+                advice = "move it from trainer.callbacks to federation.client_callbacks"
                 raise ConfigError(
                     f"{type(callback).__name__} acts on an optimizer, which the server of a federation does not have: "
-                    "move it from trainer.callbacks to federation.client_callbacks."
+                    + ("remove it; each client's rate is logged as <client>/lr." if logged else f"{advice}.")
                 )
         defaults = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
         given = {name: value for name, value in kwargs.items() if value is not None}
@@ -87,8 +91,12 @@ class FederatedTrainer(L.Trainer):
         if self.federation is None:
             super().fit(model, *args, **kwargs)
             return
-        with serving(model), quiet():
-            super().fit(model, *args, **kwargs)
+        try:
+            with serving(model), quiet():
+                super().fit(model, *args, **kwargs)
+        finally:
+            if self.fast_dev_run and self.is_global_zero:
+                shutil.rmtree(self.run_dir.path, ignore_errors=True)
 
     def teachers(self, model: L.LightningModule, datamodule: Any) -> None:
         """Train the teachers of a distillation that do not exist yet, and nothing else.

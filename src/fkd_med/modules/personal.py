@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,11 +24,23 @@ class PersonalTensors:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
+        self._owner = weakref.ref(module)  # weak: else no copy of a module would be freed when its fit is over
         self._shared: State | None = None
         self.by_client: dict[str, State] = {}
         self.best: dict[str, State] = {}
         self.best_score: dict[str, float] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PersonalTensors:
+        """Copy for the copy of the module that is being made; the tensors, never changed in place, are shared."""
+        new = PersonalTensors(memo.get(id(self._module), self._module))
+        new.by_client, new.best, new.best_score = dict(self.by_client), dict(self.best), dict(self.best_score)
+        return new
+
+    @property
+    def _module(self) -> nn.Module:
+        module = self._owner()
+        assert module is not None, "these tensors belong to a module that is gone"
+        return module
 
     def enter(self, client: str | None, best: bool = False) -> None:
         """Load the merged state of `client`; nothing happens while no client has personal tensors.

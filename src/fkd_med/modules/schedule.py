@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from functools import partial
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -47,16 +48,19 @@ class WarmupCosine(LambdaLR):
         self, optimizer: Optimizer, warmup: float = 0.0, floor: float = 0.0, total_steps: int | None = None
     ) -> None:
         self.warmup, self.floor, self.total_steps = warmup, floor, total_steps
-        super().__init__(optimizer, self.factor)
+        super().__init__(optimizer, partial(_factor, warmup=warmup, floor=floor, total=total_steps or 1))
 
-    def factor(self, step: int) -> float:
-        """Return the multiple of the initial rate at an optimizer step of the run."""
-        total = max(1, self.total_steps or 1)
-        rise = self.warmup * total
-        if step < rise:
-            return (step + 1) / (rise + 1)
-        progress = min(1.0, (step - rise) / max(1.0, total - rise))
-        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+def _factor(step: int, warmup: float, floor: float, total: int) -> float:
+    """Return the multiple of the initial rate at an optimizer step of the run.
+
+    No method of the scheduler: that cycle would keep the optimizer, thus the weights, until garbage is collected.
+    """
+    rise = warmup * total
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    progress = min(1.0, (step - rise) / max(1.0, total - rise))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def advance(scheduler: LRScheduler, steps: int) -> None:

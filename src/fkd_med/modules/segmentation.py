@@ -10,10 +10,10 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fkd_med.data.geometry import undo
-from fkd_med.errors import TrainingError
+from fkd_med.errors import ConfigError, TrainingError
 from fkd_med.evaluation import ImageRow, score_image, summarize
 from fkd_med.losses import DiceCE, supervised_loss
 from fkd_med.modules.personal import PersonalTensors
@@ -124,7 +124,7 @@ class SegmentationModule(LightningModule):
     ) -> None:
         if torch.isfinite(loss):
             return
-        values = ", ".join(f"{name} = {float(value):.4g}" for name, value in terms.items())
+        values = ", ".join(f"{name} = {float(value.detach()):.4g}" for name, value in terms.items())
         clients = ", ".join(sorted(set(batch.get("client", []))))
         images = ", ".join(list(batch.get("id", []))[:4])
         where = f"round {self.clock.round}, " if self.clock.round else ""
@@ -140,8 +140,8 @@ class SegmentationModule(LightningModule):
         if self.scheduler is None:
             return optimizer
         scheduler = self.scheduler(optimizer)
-        if not isinstance(scheduler, LRScheduler):
-            raise TrainingError(
+        if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
+            raise ConfigError(
                 f"{type(scheduler).__name__} follows a metric, which no client has during a round. "
                 "Choose a scheduler that counts steps or epochs."
             )

@@ -58,7 +58,7 @@ class ImageRecorder(L.Callback):
         self._write(trainer, pl_module)
 
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero and isinstance(pl_module, SegmentationModule):
+        if trainer.is_global_zero and isinstance(pl_module, SegmentationModule) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             ImageTable.append(self.path, pl_module.evaluated)
 
     def _show_panels(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

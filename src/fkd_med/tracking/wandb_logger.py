@@ -50,7 +50,8 @@ class WandbLogger(LightningWandbLogger):
             offline = disabled or not has_account()
         if offline:  # said to wandb itself: it may have read WANDB_MODE already, which is all that Lightning sets
             kwargs["mode"] = "offline" if self._environment != "disabled" else "disabled"
-        kwargs.setdefault("settings", wandb.Settings(silent=bool(offline), console="off"))
+        if kwargs.get("settings") is None:
+            kwargs["settings"] = wandb.Settings(silent=bool(offline), console="off")
         super().__init__(project=project, name=name, save_dir=save_dir or ".", offline=offline, **kwargs)
         self._own_save_dir = save_dir is not None
 

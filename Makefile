@@ -1,0 +1,91 @@
+# `make demo` and `make test` work from a fresh clone: the first target that needs it builds .venv, later ones reuse it.
+# Overridable:  make PYTHON=python3.12 demo    make UV= test  (pip even where uv is installed)
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+UV ?= $(shell command -v uv 2>/dev/null)
+PYTHON ?=
+CANDIDATES := $(if $(PYTHON),$(PYTHON),python3 python3.12 python3.11 python3.13 python)
+CODE := src tests benchmarks notebooks
+
+export NO_ALBUMENTATIONS_UPDATE := 1
+
+.PHONY: help install demo test test-all lint types format docs bench clean
+
+help:  ## Show this list
+	@sed -nE 's/^([a-z-]+):.*  ## (.*)/\1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+
+install: $(STAMP)  ## Build .venv with everything in it (other targets do so when needed)
+
+demo: $(STAMP)  ## Federate three phantom hospitals on this machine; run again, it reuses their teachers
+	@echo "==> fkd fit --config configs/quickstart.yaml --overwrite"
+	@$(BIN)/fkd fit --config configs/quickstart.yaml --overwrite $(ARGS)
+
+test: lint types  ## Check style and types, then run all tests but the slow ones
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: lint types  ## As test, with the slow tests
+	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+
+lint: $(STAMP)  ## Check style and formatting (changes nothing)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## Check types (mypy --strict)
+	$(BIN)/mypy
+
+format: $(STAMP)  ## Repair style and formatting where a tool can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(STAMP)  ## Check README, docs and notebook: links, commands, keys, that all of it runs
+	$(BIN)/python -m pytest tests/test_documents.py $(ARGS)
+
+bench: $(STAMP)  ## Run the programs in benchmarks/, one after the other
+	@shopt -s nullglob; programs=(benchmarks/*.py); \
+	if [ $${#programs[@]} -eq 0 ]; then echo "There are no benchmarks yet."; fi; \
+	for program in "$${programs[@]}"; do echo "==> $$program"; $(BIN)/python "$$program"; done
+
+clean:  ## Remove caches and build output; .venv, runs, teachers and data stay
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist wandb lightning_logs check-data
+	find src tests benchmarks notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find notebooks -name .ipynb_checkpoints -type d -prune -exec rm -rf {} +
+
+# The environment. The stamp is younger than what it was installed from, so that a second `make` starts at once.
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "==> Installing fkd-med and its tools into $(VENV) (a few minutes and about 7 GB the first time)"
+ifneq ($(UV),)
+	@$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev,notebooks]' || { \
+	  echo "error: uv could not install. If only pip knows your package mirror, use pip: make UV= $(MAKECMDGOALS)" >&2; \
+	  exit 1; }
+else
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip --upgrade >/dev/null
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,notebooks]'
+endif
+	@touch $@
+
+$(BIN)/python:
+ifneq ($(UV),)
+	@echo "==> Making $(VENV) with uv"
+	@$(UV) venv --quiet --python '$(or $(PYTHON),>=3.11,<3.14)' $(VENV)
+else
+	@for python in $(CANDIDATES); do \
+	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	    echo "==> Making $(VENV) with $$("$$python" --version)"; \
+	    "$$python" -m venv $(VENV) && exit 0; \
+	    rm -rf $(VENV); \
+	    echo "error: $$python cannot make a virtual environment. Install its venv module (python3-venv on Debian" \
+	      "and Ubuntu), or uv." >&2; \
+	    exit 1; \
+	  fi; \
+	done; \
+	echo "error: Python 3.11 or newer is needed, and none of these is: $(CANDIDATES)." \
+	  "Install one, or name it: make PYTHON=/path/to/python3.12" >&2; \
+	exit 1
+endif

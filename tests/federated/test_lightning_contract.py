@@ -1,0 +1,73 @@
+"""The private Lightning names that the federated loop stands on: gone or changed, this says so by name."""
+
+from __future__ import annotations
+
+import inspect
+
+import lightning as L
+import pytest
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.trainer import call
+
+
+@pytest.fixture(scope="module")
+def trainer() -> L.Trainer:
+    return L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, max_epochs=1
+    )
+
+
+def test_fit_loop(trainer: L.Trainer) -> None:
+    loop = trainer.fit_loop
+    assert type(loop) is _FitLoop
+    assert list(inspect.signature(_FitLoop.__init__).parameters) == ["self", "trainer", "min_epochs", "max_epochs"]
+    for name in ("setup_data", "advance", "on_advance_end", "on_save_checkpoint", "on_load_checkpoint", "teardown"):
+        assert callable(getattr(_FitLoop, name)), name
+    for name in ("epoch_loop", "epoch_progress", "max_batches", "_combined_loader", "_data_source"):
+        assert hasattr(loop, name), name
+    assert loop.epoch_progress.current.processed == loop.epoch_progress.current.completed == 0
+    source = inspect.getsource(_FitLoop.run)
+    order = [source.index(f"self.{name}(") for name in ("setup_data", "on_run_start", "advance", "on_advance_end")]
+    assert order == sorted(order)
+
+
+def test_fit_loop_counts_the_epoch_before_its_hooks() -> None:
+    """Checkpoints of `on_train_epoch_end` hold a processed epoch; a resume goes on with the next."""
+    source = inspect.getsource(_FitLoop.on_advance_end)
+    assert source.index("increment_processed") < source.index("on_train_epoch_end") < source.index("increment_completed")
+
+
+def test_epoch_loop(trainer: L.Trainer) -> None:
+    loop = trainer.fit_loop.epoch_loop
+    assert isinstance(loop, _TrainingEpochLoop)
+    assert list(inspect.signature(_TrainingEpochLoop.__init__).parameters)[:2] == ["self", "trainer"]
+    assert isinstance(_TrainingEpochLoop.global_step, property)
+    for name in ("reset_on_run", "increment_ready", "increment_started", "increment_processed", "increment_completed"):
+        assert callable(getattr(loop.batch_progress, name)), name
+    assert loop.batch_progress.total.completed == 0 and hasattr(loop.batch_progress, "is_last_batch")
+    assert loop._batches_that_stepped == 0
+    assert callable(loop._should_check_val_epoch) and callable(loop.update_lr_schedulers)
+    assert callable(loop.val_loop.run) and hasattr(type(loop.val_loop), "restarting")
+
+
+def test_hooks(trainer: L.Trainer) -> None:
+    assert list(inspect.signature(call._call_callback_hooks).parameters)[:2] == ["trainer", "hook_name"]
+
+
+def test_what_release_cuts(trainer: L.Trainer) -> None:
+    for name in ("optimizers", "lr_scheduler_configs", "_lightning_module", "model"):
+        assert hasattr(trainer.strategy, name), name
+    assert hasattr(trainer._data_connector, "_datahook_selector")
+    for loop in (trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop):
+        assert hasattr(loop._data_source, "instance")
+    assert hasattr(trainer.predict_loop._data_source, "instance")
+    assert hasattr(L.LightningModule(), "_trainer")
+
+
+def test_checkpoint_callbacks_run_last() -> None:
+    """So that what other callbacks do at the end of a round is in its checkpoint."""
+    first, last = L.Callback(), type("Mine", (Checkpoint,), {})()
+    made = L.Trainer(accelerator="cpu", logger=False, callbacks=[last, first], enable_progress_bar=False)
+    assert made.callbacks.index(last) > made.callbacks.index(first)  # type: ignore[attr-defined]

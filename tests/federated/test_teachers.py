@@ -1,0 +1,482 @@
+"""Teachers: trained once, found again by what decides them, read safely, never part of anything that travels."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fkd_med.communication import Update
+from fkd_med.errors import ConfigError, RunError, TrainingError
+from fkd_med.federated import Federation, TeacherStage
+from fkd_med.modules import SegmentationModule, WarmupCosine
+
+FLAGS = {"accelerator": "cpu", "devices": 1}
+
+
+def ensure(fed: Any, stage: TeacherStage, client: str = "a", data: Any = None, **flags: Any) -> Path:
+    return stage.ensure(client, data or fed.Hospitals(), flags={**FLAGS, **flags})
+
+
+def count_fits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Note the epochs of every training."""
+    from fkd_med.federated import teachers
+
+    fits: list[int] = []
+    original = teachers.inner_trainer
+
+    def spy(flags: Any, **options: Any) -> L.Trainer:
+        fits.append(options["max_epochs"])
+        return original(flags, **options)
+
+    monkeypatch.setattr(teachers, "inner_trainer", spy)
+    return fits
+
+
+# --- in a federated run ---------------------------------------------------------------------------------------
+
+
+def test_teacher_is_in_nothing_that_travels_or_stays(fed, tmp_path, captured) -> None:
+    module = fed.distilled(tmp_path / "teachers")
+    optimized: list[set[int]] = []
+
+    class Watch(L.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            assert pl_module.teacher is not None
+            own = {id(p) for p in pl_module.network.parameters()}
+            optimized.append({id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]} ^ own)
+
+        def __deepcopy__(self, memo: Any) -> Watch:
+            return self
+
+    trainer = fed.trainer(tmp_path / "run", Federation(rounds=2, client_callbacks=[Watch()]))
+    trainer.fit(module, datamodule=fed.Hospitals())
+    assert optimized == [set()] * 6
+    names = {f"network.{name}" for name in fed.network().state_dict()}
+    assert module.state_dict().keys() == names
+    assert all(message.state.keys() == names and not message.extras for message in captured)
+    assert len([m for m in captured if isinstance(m, Update)]) == 6
+    stored = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert stored["state_dict"].keys() == names
+    shapes = {tuple(t.shape) for t in _tensors(stored)}
+    assert (6, 3, 3, 3) not in shapes and (1, 6, 1, 1) not in shapes  # a teacher's; the student has 4 channels
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else []
+    return [tensor for child in children for tensor in _tensors(child)]
+
+
+def test_teacher_never_changes_while_it_teaches(fed, tmp_path) -> None:
+    """Neither weights nor BatchNorm, though the student around it trains in train mode."""
+    module = fed.distilled(tmp_path / "teachers")
+    seen: list[str] = []
+
+    class Watch(L.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            assert pl_module.network.training and not any(m.training for m in pl_module.teacher.modules())
+            assert not any(p.requires_grad for p in pl_module.teacher.parameters())
+            self.before = fed.weights(pl_module.teacher)
+
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            source = pl_module.teacher_source
+            client = next(iter(pl_module.trainer.train_dataloader)).get("client")[0]
+            stored = load_file(source.files[client])
+            assert fed.same(fed.weights(pl_module.teacher), self.before)
+            assert fed.same({k: stored[k] for k in self.before}, self.before)
+            assert all(p.grad is None for p in pl_module.teacher.parameters())
+            seen.append(client)
+
+        def __deepcopy__(self, memo: Any) -> Watch:
+            return self
+
+    federation = Federation(rounds=2, client_callbacks=[Watch()])
+    fed.trainer(tmp_path / "run", federation).fit(module, datamodule=fed.Hospitals())
+    assert seen == ["a", "b", "c"] * 2
+
+
+def test_each_client_learns_from_its_own_teacher(fed, tmp_path) -> None:
+    """Against a hand-written pass: supervised loss plus weight x KL of that client's teacher."""
+    from fkd_med.losses import LogitKL
+
+    stage = fed.teacher_stage(tmp_path / "teachers", epochs=1)
+    module = fed.distilled(tmp_path, source=stage, supervised_weight=0.5)
+    module.losses = {"kd": LogitKL(temperature=3.0, weight=0.7)}
+    for client in ("a", "c"):
+        ensure(fed, stage, client)
+    batch = next(iter(fed.Hospitals().client_train_dataloader("a")))
+    module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    values = {}
+    for client in ("a", "c"):
+        module.attach_teacher(stage.load(client))
+        module.eval()
+        terms = {name: float(value) for name, value in module.loss_terms(batch).items()}
+        with torch.no_grad():
+            logits, taught = module(batch["image"]), stage.load(client).eval()(batch["image"])
+        p, q = torch.sigmoid(taught.double() / 3), torch.sigmoid(logits.double() / 3)
+        kl = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean() * 9
+        assert terms["kd"] == pytest.approx(0.7 * float(kl), rel=1e-4)
+        assert terms["supervised"] == pytest.approx(0.5 * float(module.loss(logits, batch["mask"])), rel=1e-5)
+        values[client] = terms["kd"]
+    assert values["a"] != values["c"]
+
+
+def test_distillation_costs_nothing_when_off(fed, tmp_path) -> None:
+    from fkd_med.losses import LogitKL
+
+    module = fed.distilled(tmp_path / "teachers")
+    module.losses = {"kd": LogitKL(weight=0.0)}
+    fed.trainer(tmp_path / "run", Federation(rounds=1)).fit(module, datamodule=fed.Hospitals())
+    assert not (tmp_path / "teachers").exists()
+
+
+def test_fast_dev_run_leaves_no_teacher_for_a_real_run(fed, tmp_path, monkeypatch) -> None:
+    fits = count_fits(monkeypatch)
+
+    def stage() -> TeacherStage:
+        return fed.teacher_stage(tmp_path / "teachers", epochs=1)
+
+    module = fed.distilled(tmp_path, source=stage())
+    fed.trainer(tmp_path / "run", Federation(rounds=5), fast_dev_run=True).fit(module, datamodule=fed.Hospitals())
+    assert fits == [1, 1, 1]
+    ensure(fed, stage())
+    ensure(fed, stage(), limit_train_batches=1)
+    assert fits == [1, 1, 1, 1, 1]
+
+
+# --- the store ------------------------------------------------------------------------------------------------
+
+
+def test_second_call_finds_the_teacher(fed, tmp_path, monkeypatch) -> None:
+    fits = count_fits(monkeypatch)
+    first = ensure(fed, fed.teacher_stage(tmp_path))
+    second = ensure(fed, fed.teacher_stage(tmp_path))
+    assert fits == [2]
+    assert first == second
+    assert sorted(p.name for p in first.parent.iterdir()) == ["lock", "teacher.json", "teacher.safetensors"]
+    note = json.loads((first.parent / "teacher.json").read_text())
+    assert note["client"] == "a" and [row["epoch"] for row in note["curve"]] == [1, 2]
+    assert note["best_val_dice"] == max(row["val/dice"] for row in note["curve"])
+
+
+def keys(fed: Any, folder: Path, data: Any = None, flags: Any = None, **options: Any) -> str:
+    stage = fed.teacher_stage(folder, **options)
+    return stage._key("a", data or fed.Hospitals(), {**FLAGS, **(flags or {})})[0]
+
+
+def test_key_is_the_same_for_the_same_teacher(fed, tmp_path, monkeypatch) -> None:
+    """Whatever lies at which address, in which folder, on which device."""
+
+    def module() -> SegmentationModule:
+        return SegmentationModule(fed.network(6, seed=1), optimizer=fed.adam, scheduler=WarmupCosine)
+
+    key = keys(fed, tmp_path, module=module())
+    kept = [object() for _ in range(1000)]  # move what comes next to other addresses
+    assert keys(fed, tmp_path / "elsewhere", module=module()) == key
+    assert keys(fed, tmp_path, module=module(), flags={"accelerator": "cuda", "devices": 4}) == key
+    module_with_torchs = SegmentationModule(
+        fed.network(6), scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 10)
+    )
+    assert keys(fed, tmp_path, module=module_with_torchs) == keys(fed, tmp_path, module=module_with_torchs)
+    del kept
+
+
+@pytest.mark.slow
+def test_key_is_stable_across_processes(fed, tmp_path) -> None:
+    program = """
+from types import SimpleNamespace
+import torch
+from fkd_med.federated import TeacherStage
+from fkd_med.modules import SegmentationModule, WarmupCosine
+from fkd_med.networks import SlimUNet
+from fkd_med.data.augmentation import default_augmentation
+stage = TeacherStage(SegmentationModule(SlimUNet(), scheduler=WarmupCosine), store="x")
+data = SimpleNamespace(fingerprint=lambda c: "f", batch_size=4, augmentation=default_augmentation())
+print(stage._key("a", data, {})[0])
+"""
+    found = [
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()[-1]
+        for _ in range(2)
+    ]
+    assert found[0] == found[1]
+
+
+def test_key_changes_with_all_that_decides_a_teacher(fed, tmp_path, monkeypatch) -> None:
+    from fkd_med.data.augmentation import Augmentation, default_augmentation
+    from fkd_med.losses import DiceCE
+
+    def module(network: Any = None, **options: Any) -> SegmentationModule:
+        return SegmentationModule(network or fed.network(6, seed=1), **{"optimizer": fed.adam, **options})
+
+    def cosine(period: int) -> Any:
+        return lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, period)
+
+    def with_augmentation(augmentation: Any) -> Any:
+        data = fed.Hospitals()
+        data.augmentation = augmentation
+        return data
+
+    from_yaml = module()
+    from_yaml.hparams["teacher"] = {"init_args": {"module": {"init_args": {"network": {"encoder_weights": None}}}}}
+    pretrained = module()
+    pretrained.hparams["teacher"] = {"init_args": {"module": {"init_args": {"network": {"encoder_weights": "x"}}}}}
+    found = {
+        "": keys(fed, tmp_path),
+        "images": keys(fed, tmp_path, data=fed.Hospitals(content="other")),
+        "batch size": keys(fed, tmp_path, data=fed.Hospitals(batch_size=2)),
+        "augmentation": keys(fed, tmp_path, data=with_augmentation(default_augmentation())),
+        "no augmentation": keys(fed, tmp_path, data=with_augmentation(Augmentation())),
+        "epochs": keys(fed, tmp_path, epochs=3),
+        "width": keys(fed, tmp_path, module=module(fed.network(7))),
+        "depth": keys(fed, tmp_path, module=module(nn.Sequential(*fed.network(6), nn.Dropout(0.1)))),
+        "rate": keys(fed, tmp_path, module=module(optimizer=lambda p: torch.optim.Adam(p, lr=0.3))),
+        "decay": keys(fed, tmp_path, module=module(optimizer=lambda p: torch.optim.Adam(p, lr=0.02, weight_decay=1))),
+        "optimizer": keys(fed, tmp_path, module=module(optimizer=fed.sgd)),
+        "schedule": keys(fed, tmp_path, module=module(scheduler=WarmupCosine)),
+        "warm-up": keys(fed, tmp_path, module=module(scheduler=lambda o: WarmupCosine(o, warmup=0.1))),
+        "period 3": keys(fed, tmp_path, module=module(scheduler=cosine(3))),
+        "period 4": keys(fed, tmp_path, module=module(scheduler=cosine(4))),
+        "interval": keys(fed, tmp_path, module=module(scheduler=cosine(4), scheduler_interval="epoch")),
+        "loss": keys(fed, tmp_path, module=module(loss=nn.BCEWithLogitsLoss())),
+        "loss weight": keys(fed, tmp_path, module=module(loss=DiceCE(dice_weight=2))),
+        "loss inside": keys(fed, tmp_path, module=module(loss=DiceCE(smooth=9.0))),
+        "configuration": keys(fed, tmp_path, module=from_yaml),
+        "pretrained": keys(fed, tmp_path, module=pretrained),
+        "precision": keys(fed, tmp_path, flags={"precision": "bf16-mixed"}),
+        "clipping": keys(fed, tmp_path, flags={"gradient_clip_val": 1.0}),
+        "accumulation": keys(fed, tmp_path, flags={"accumulate_grad_batches": 2}),
+        "batches": keys(fed, tmp_path, flags={"limit_train_batches": 2}),
+    }
+    monkeypatch.setenv("PL_GLOBAL_SEED", "8")
+    found["seed"] = keys(fed, tmp_path)
+    assert len(set(found.values())) == len(found), sorted(found.items(), key=lambda item: item[1])
+
+
+def test_same_teacher_again_bit_for_bit(fed, tmp_path) -> None:
+    torch.rand(5)
+    one = ensure(fed, fed.teacher_stage(tmp_path / "1"))
+    two = ensure(fed, fed.teacher_stage(tmp_path / "2"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_best_epoch_is_kept(fed, tmp_path) -> None:
+    """The stored weights reach the best validation Dice of the curve, though the last epoch ruined them."""
+
+    class Ruined(SegmentationModule):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 3:
+                for parameter in self.network.parameters():
+                    parameter.data.fill_(-5.0)
+
+    stage = fed.teacher_stage(tmp_path, module=Ruined(fed.network(6, seed=1), optimizer=fed.adam), epochs=4)
+    path = ensure(fed, stage, "c")
+    note = json.loads((path.parent / "teacher.json").read_text())
+    dice = [row["val/dice"] for row in note["curve"]]
+    assert dice[3] < max(dice[:3]) == note["best_val_dice"]
+    check = SegmentationModule(stage.load("c"))
+    L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False).validate(
+        check, fed.Hospitals().client_val_dataloader("c"), verbose=False
+    )
+    assert sum(r.dice for r in check.evaluated) / len(check.evaluated) == pytest.approx(note["best_val_dice"])
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "note gone", "note damaged", "note of another"])
+def test_damaged_teacher_is_trained_again(fed, tmp_path, monkeypatch, damage) -> None:
+    fits = count_fits(monkeypatch)
+    path = ensure(fed, fed.teacher_stage(tmp_path, epochs=1))
+    good, note = path.read_bytes(), path.with_suffix(".json")
+    if damage == "flipped":
+        path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    elif damage == "cut":
+        path.write_bytes(good[:100])
+    elif damage == "gone":
+        path.unlink()
+    elif damage == "note gone":
+        note.unlink()
+    elif damage == "note damaged":
+        note.write_text("{")
+    else:
+        note.write_text(json.dumps({**json.loads(note.read_text()), "key": "0"}))
+    ensure(fed, fed.teacher_stage(tmp_path, epochs=1))
+    assert fits == [1, 1]
+    assert path.read_bytes() == good
+
+
+def test_interrupted_training_resumes_at_the_epoch(fed, tmp_path) -> None:
+    class StopError(Exception):
+        pass
+
+    class Dies(SegmentationModule):
+        at = -1
+        opened: list[int] = []  # noqa: RUF012
+
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == Dies.at:
+                raise StopError
+            Dies.opened.append(self.current_epoch)
+
+    def stage(folder: str) -> TeacherStage:
+        module = Dies(fed.network(6, seed=1), optimizer=fed.adam, scheduler=WarmupCosine)
+        return fed.teacher_stage(tmp_path / folder, module=module, epochs=4)
+
+    whole = ensure(fed, stage("whole"))
+    Dies.at = 2
+    with pytest.raises(StopError):
+        ensure(fed, stage("cut"))
+    Dies.at, Dies.opened = -1, []
+    cut = ensure(fed, stage("cut"))
+    assert Dies.opened == [2, 3]
+    assert cut.read_bytes() == whole.read_bytes()
+    notes = [json.loads(p.with_suffix(".json").read_text()) for p in (cut, whole)]
+    assert notes[0]["curve"] == notes[1]["curve"]
+    assert not (cut.parent / "training").exists()
+
+
+def test_two_processes_train_once(fed, tmp_path) -> None:
+    def child() -> None:
+        code = 1
+        try:
+            with (tmp_path / f"{os.getpid()}.log").open("w") as log:
+                monkey = pytest.MonkeyPatch()
+                fits = count_fits(monkey)
+                path = ensure(fed, fed.teacher_stage(tmp_path / "store", epochs=15), "c")
+                log.write(f"{len(fits)} {path}")
+            code = 0
+        finally:
+            os._exit(code)
+
+    children = []
+    for _ in range(2):
+        pid = os.fork()  # not spawned: importing the stack again would take longer than all other tests
+        if pid == 0:
+            child()
+        children.append(pid)
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0, 0]
+    notes = [path.read_text().split() for path in tmp_path.glob("*.log")]
+    assert sorted(count for count, _ in notes) == ["0", "1"]
+    assert len({path for _, path in notes}) == 1
+
+
+def test_a_store_that_cannot_be_written_is_named(fed, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="teacher store .*file.* cannot be written"):
+        ensure(fed, fed.teacher_stage(tmp_path / "file"))
+
+
+def test_teacher_curve_is_logged_per_epoch(fed, tmp_path) -> None:
+    sent: list[tuple[dict[str, float], int]] = []
+    fed.teacher_stage(tmp_path).ensure(
+        "a", fed.Hospitals(), flags=FLAGS, log=lambda metrics, epoch: sent.append((metrics, epoch))
+    )
+    assert [epoch for _, epoch in sent] == [1, 2]
+    assert all(m.keys() == {f"teacher/a/{k}" for k in ("val/dice", "val/loss", "train/loss")} for m, _ in sent)
+
+
+def test_client_without_validation_images_keeps_the_last_weights(fed, tmp_path) -> None:
+    class NoValidation(fed.Hospitals):
+        def client_val_dataloader(self, client: str | None) -> Any:
+            return self._loader(fed.Blobs("a", "val", 0), None)
+
+    path = ensure(fed, fed.teacher_stage(tmp_path), data=NoValidation())
+    assert path.exists()
+
+
+# --- teachers that users bring --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["lightning", "state dict", "safetensors"])
+def test_brought_teachers_load(fed, tmp_path, monkeypatch, kind) -> None:
+    fits = count_fits(monkeypatch)
+    mine = SegmentationModule(fed.network(6, seed=3))
+    path = tmp_path / {"lightning": "t.ckpt", "state dict": "t.pt", "safetensors": "t.safetensors"}[kind]
+    if kind == "lightning":
+        plain = L.Trainer(
+            accelerator="cpu", logger=False, max_steps=1, enable_progress_bar=False, enable_model_summary=False,
+            enable_checkpointing=False, limit_val_batches=0,
+        )  # fmt: skip
+        plain.fit(mine, fed.Hospitals().client_train_dataloader("a"))
+        plain.save_checkpoint(path)
+    elif kind == "state dict":
+        torch.save(mine.network.state_dict(), path)
+    else:
+        save_file(mine.network.state_dict(), path)
+    stage = fed.teacher_stage(tmp_path / "store", checkpoints={"a": str(path)})
+    assert ensure(fed, stage) == path
+    assert fed.same(fed.weights(stage.load("a")), fed.weights(mine.network))
+    assert fits == [] and not (tmp_path / "store").exists()
+
+
+def test_wrong_architecture_names_both(fed, tmp_path) -> None:
+    torch.save(fed.network(5).state_dict(), tmp_path / "t.pt")
+    stage = fed.teacher_stage(tmp_path / "store", checkpoints={"a": str(tmp_path / "t.pt")})
+    with pytest.raises(RunError, match=r"teacher of a in .*t\.pt .*Sequential.*0\.bias is \(5,\) there and \(6,\) here"):
+        ensure(fed, stage)
+    torch.save({"encoder.weight": torch.zeros(1)}, tmp_path / "t.pt")
+    with pytest.raises(RunError, match=r"missing 0\.bias.*unknown encoder\.weight"):
+        ensure(fed, stage)
+
+
+@pytest.mark.parametrize("content", [b"", b"rubbish", None])
+def test_unreadable_teacher_is_named(fed, tmp_path, content) -> None:
+    path = tmp_path / "t.ckpt"
+    if content is not None:
+        path.write_bytes(content)
+    stage = fed.teacher_stage(tmp_path / "store", checkpoints={"a": str(path)})
+    with pytest.raises(RunError, match=r"teacher of a.*t\.ckpt"):
+        ensure(fed, stage)
+
+
+def test_no_code_runs_from_a_brought_teacher(fed, tmp_path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"state_dict": Evil()}, tmp_path / "t.ckpt")
+    stage = fed.teacher_stage(tmp_path / "store", checkpoints={"a": str(tmp_path / "t.ckpt")})
+    with pytest.raises(RunError, match="cannot be read as tensors"):
+        ensure(fed, stage)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_unknown_client_in_checkpoints_is_refused_before_training(fed, tmp_path, monkeypatch) -> None:
+    fits = count_fits(monkeypatch)
+    stage = fed.teacher_stage(tmp_path / "store", checkpoints={"A": "x.ckpt"})
+    module = fed.distilled(tmp_path, source=stage)
+    with pytest.raises(ConfigError, match="client 'A', which does not exist"):
+        fed.trainer(tmp_path / "run", Federation(rounds=1)).fit(module, datamodule=fed.Hospitals())
+    assert fits == []
+
+
+def test_nan_teacher_names_the_images(fed, tmp_path) -> None:
+    broken = fed.network(6)
+    with torch.no_grad():
+        broken[3].bias.fill_(float("nan"))
+    save_file(broken.state_dict(), tmp_path / "t.safetensors")
+    stage = fed.teacher_stage(tmp_path / "store", epochs=1, checkpoints={"b": str(tmp_path / "t.safetensors")})
+    module = fed.distilled(tmp_path, source=stage)
+    with pytest.raises(TrainingError, match=r"teacher of client b answers with NaN or infinity for b-train-\d"):
+        fed.trainer(tmp_path / "run", Federation(rounds=1)).fit(module, datamodule=fed.Hospitals())
+
+
+def test_teachers_command_trains_them_and_nothing_else(fed, tmp_path, monkeypatch) -> None:
+    fits = count_fits(monkeypatch)
+    module = fed.distilled(tmp_path / "teachers")
+    trainer = fed.trainer(tmp_path / "run", Federation(), logger=False)
+    trainer.teachers(module, fed.Hospitals())
+    assert fits == [2, 2, 2]
+    trainer.teachers(module, fed.Hospitals())
+    assert fits == [2, 2, 2]
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match="no teachers"):
+        fed.trainer(tmp_path / "run", Federation()).teachers(fed.student(), fed.Hospitals())

@@ -1,0 +1,183 @@
+"""Configurations are tested code: every file in configs/ is parsed against the real signatures and built.
+
+Networks are built on torch's meta device, where a TransUNet costs no memory; nothing is trained or written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from fkd_med.cli import main
+from fkd_med.cli.lightning import FkdCLI
+from fkd_med.modules import DistillationModule
+from fkd_med.networks import PARAMETER_BOUND, count_parameters, forward_padded
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+BASE = "cvc_clinicdb/fkd_resunet.yaml"
+
+
+def content(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text())
+
+
+def name(path: Path) -> str:
+    return path.relative_to(CONFIGS).as_posix()
+
+
+WHOLE = [name(path) for path in FILES if {"data", "model"} <= content(path).keys()]
+DATA = [name(path) for path in FILES if content(path).get("class_path", "").startswith("fkd_med.data.")]
+NETWORKS = [name(path) for path in FILES if "class_path" in content(path) and name(path) not in DATA]
+OVERLAYS = [name(path) for path in FILES if name(path) not in {*WHOLE, *DATA, *NETWORKS}]
+
+
+class Built(FkdCLI):
+    """Parses and builds all that `fkd fit` would, and stops there."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Work in an empty folder, and leave seeds and environment as they were."""
+    monkeypatch.chdir(tmp_path)
+    before = dict(os.environ)
+    with isolate_rng():
+        yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def build(*files: str | Path, arguments: tuple[str, ...] = (), device: str = "meta") -> Built:
+    """Build what `fkd fit` with these configuration files, given by their names in configs/, would."""
+    given = [part for file in files for part in ("--config", str(CONFIGS / file))]
+    with torch.device(device), ExitStack() as stack:
+        return Built(["fit", *given, *arguments], stack)
+
+
+def logits(network: torch.nn.Module, data: Any) -> tuple[int, ...]:
+    images = torch.empty(2, data.preprocessing.in_channels, *[data.preprocessing.image_size] * 2, device="meta")
+    return tuple(forward_padded(network.to("meta"), images).shape)
+
+
+def test_every_kind_is_there() -> None:
+    assert WHOLE and DATA and NETWORKS and OVERLAYS
+    for task in ("cvc_clinicdb", "chest_xray"):
+        arms = {"teacher_resunet", "teacher_transunet", "fkd_resunet", "fkd_transunet", "distill_central"}
+        arms |= {"fedavg_student", "local_student"}
+        assert {f"{task}/{arm}.yaml" for arm in arms} <= set(WHOLE)
+
+
+@pytest.mark.parametrize("file", WHOLE)
+def test_config_builds(file: str) -> None:
+    built = build(file)
+    data, model, federation = built.datamodule, built.model, built.trainer.federation
+    size = data.preprocessing.image_size
+    assert (federation is not None) == ("federation" in content(CONFIGS / file))
+    assert logits(model.network, data) == (2, data.classes, size, size)
+    if isinstance(model, DistillationModule):
+        teacher = model.teacher_source.module.network
+        assert logits(teacher, data) == (2, data.classes, size, size)
+        assert count_parameters(model.network) <= PARAMETER_BOUND < count_parameters(teacher)
+    stem = Path(file).stem
+    if stem.startswith(("fkd_", "teacher_")):
+        trained = model.teacher_source.module.network if stem.startswith("fkd_") else model.network
+        assert type(trained).__name__.lower() == stem.partition("_")[2]
+    if stem == "local_student":
+        assert federation.is_local
+    if stem.endswith("_student"):
+        assert count_parameters(model.network) <= PARAMETER_BOUND
+
+
+@pytest.mark.parametrize("file", DATA)
+def test_data_config_builds(file: str) -> None:
+    built = build("folder/fkd_resunet.yaml", arguments=("--data", str(CONFIGS / file)))
+    assert built.datamodule.root == Path(content(CONFIGS / file)["init_args"]["root"])
+
+
+@pytest.mark.parametrize("file", NETWORKS)
+def test_backbone_is_student_or_teacher(file: str) -> None:
+    arguments = ("--model.network", str(CONFIGS / file))
+    arguments += ("--model.teacher.module.network", str(CONFIGS / file), "--data.image_size", "64")
+    built = build(BASE, arguments=arguments, device="cpu")  # SegFormer reads numbers that meta tensors lack
+    expected = content(CONFIGS / file)["class_path"].rpartition(".")[2]
+    for network in (built.model.network, built.model.teacher_source.module.network):
+        assert type(network).__name__ == expected
+        assert logits(network, built.datamodule) == (2, 1, 64, 64)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_overlay_applies(overlay: str) -> None:
+    """What an overlay says is what the base configuration then says, and nothing else changes."""
+    before, after = leaves(dump(build(BASE))), leaves(dump(build(BASE, overlay)))
+    wanted = leaves(content(CONFIGS / overlay))
+    changed = {key: value for key, value in after.items() if before.get(key) != value}
+    # Networks that depend on the image size follow it.
+    assert {key: value for key, value in changed.items() if not key.endswith("network.init_args.img_size")} == {
+        plain(key): value for key, value in wanted.items() if before.get(plain(key)) != value
+    }
+    assert changed, f"{overlay} repeats what {BASE} says"
+
+
+def test_small_changes_only_size_and_length() -> None:
+    keys = leaves(content(CONFIGS / "small.yaml"))
+    assert all(key.startswith(("data.", "trainer.limit_")) for key in keys)
+    assert set(content(CONFIGS / "small_federated.yaml")) == {"federation"}  # it would federate any other
+
+
+@pytest.mark.parametrize("file", ["chest_xray/teacher_transunet.yaml", "cvc_clinicdb/distill_central.yaml"])
+def test_small_federates_nothing(file: str) -> None:
+    assert build(file, "small.yaml").trainer.federation is None
+
+
+def test_own_data_takes_fifteen_lines() -> None:
+    for path in (CONFIGS / "folder").glob("*.yaml"):
+        assert len(path.read_text().splitlines()) <= 15
+
+
+def test_no_machine_in_configs() -> None:
+    for path in FILES:
+        text = path.read_text()
+        assert "http" not in text and not any(f" {root}/" in text for root in ("", "~", "/home", "/work"))
+
+
+@pytest.mark.parametrize("file", ["quickstart.yaml", BASE, "chest_xray/teacher_resunet.yaml"])
+def test_print_config_parses_again(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", str(CONFIGS / file), "--run_dir", "runs/x", "--print_config"]) == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert not any((tmp_path / made).exists() for made in ("runs", "phantoms", "teachers"))
+    first = dump(build(file, arguments=("--run_dir", "runs/x")))
+    assert dump(build(printed)) == first
+
+
+def dump(built: Built) -> dict[str, Any]:
+    """Return the settled configuration of a command, without the names of its files."""
+    text = built.parser.dump(built.config, skip_none=False, skip_link_targets=False)
+    settled = yaml.safe_load(text)
+    settled = settled.get("fit", settled)
+    return {key: value for key, value in settled.items() if key != "config"}
+
+
+def leaves(tree: Any, key: str = "") -> dict[str, Any]:
+    """Return the values of nested mappings by dotted key."""
+    if not isinstance(tree, dict):
+        return {key: tree}
+    return {k: v for part, value in tree.items() for k, v in leaves(value, f"{key}.{part}".lstrip(".")).items()}
+
+
+def plain(key: str) -> str:
+    """Write out the short form of a key: ``federation.rounds`` is ``federation.init_args.rounds``."""
+    head, _, rest = key.partition(".")
+    short = head == "federation" and not rest.startswith(("init_args", "class_path"))
+    return f"{head}.init_args.{rest}" if short else key
