@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,12 @@ import torch
 import yaml
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from building import BASE, CONFIGS, Built, build
 from fkd_med.cli import main
-from fkd_med.cli.lightning import FkdCLI
 from fkd_med.modules import DistillationModule
 from fkd_med.networks import PARAMETER_BOUND, count_parameters, forward_padded
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
-BASE = "cvc_clinicdb/fkd_resunet.yaml"
 
 
 def content(path: Path) -> dict[str, Any]:
@@ -40,13 +38,6 @@ NETWORKS = [name(path) for path in FILES if "class_path" in content(path) and na
 OVERLAYS = [name(path) for path in FILES if name(path) not in {*WHOLE, *DATA, *NETWORKS}]
 
 
-class Built(FkdCLI):
-    """Parses and builds all that `fkd fit` would, and stops there."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Run nothing."""
-
-
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Work in an empty folder, and leave seeds and environment as they were."""
@@ -56,13 +47,6 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
         yield
     os.environ.clear()
     os.environ.update(before)
-
-
-def build(*files: str | Path, arguments: tuple[str, ...] = (), device: str = "meta") -> Built:
-    """Build what `fkd fit` with these configuration files, given by their names in configs/, would."""
-    given = [part for file in files for part in ("--config", str(CONFIGS / file))]
-    with torch.device(device), ExitStack() as stack:
-        return Built(["fit", *given, *arguments], stack)
 
 
 def logits(network: torch.nn.Module, data: Any) -> tuple[int, ...]:
@@ -116,10 +100,15 @@ def test_backbone_is_student_or_teacher(file: str) -> None:
         assert logits(network, built.datamodule) == (2, 1, 64, 64)
 
 
+@cache
+def base() -> dict[str, Any]:
+    return leaves(dump(build(BASE)))
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_overlay_applies(overlay: str) -> None:
     """What an overlay says is what the base configuration then says, and nothing else changes."""
-    before, after = leaves(dump(build(BASE))), leaves(dump(build(BASE, overlay)))
+    before, after = base(), leaves(dump(build(BASE, overlay)))
     wanted = leaves(content(CONFIGS / overlay))
     changed = {key: value for key, value in after.items() if before.get(key) != value}
     # Networks that depend on the image size follow it.
@@ -151,7 +140,7 @@ def test_no_machine_in_configs() -> None:
         assert "http" not in text and not any(f" {root}/" in text for root in ("", "~", "/home", "/work"))
 
 
-@pytest.mark.parametrize("file", ["quickstart.yaml", BASE, "chest_xray/teacher_resunet.yaml"])
+@pytest.mark.parametrize("file", ["quickstart.yaml", "chest_xray/teacher_resunet.yaml"])
 def test_print_config_parses_again(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--config", str(CONFIGS / file), "--run_dir", "runs/x", "--print_config"]) == 0
     printed = tmp_path / "printed.yaml"

@@ -16,6 +16,7 @@ from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from fkd_med.errors import ConfigError, RunError
@@ -26,6 +27,26 @@ _TAG = b"fkd-sha256:"
 _COMMENT = len(_TAG) + 64
 _PLAIN = (str, bytes, int, float, bool, complex, type(None), torch.Tensor, torch.Size, torch.dtype, torch.device)
 _ADVICE = "Give another one (`--ckpt_path`), or start afresh with `--overwrite`."
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Writes last.ckpt after every round or epoch; ``--ckpt_path last`` goes on from it.
+
+    Lightning's own ``save_last`` writes only when the monitored metric makes a new best, so that a resume would
+    repeat closed rounds.
+
+    Args:
+        dirpath: folder of the checkpoints.
+    """
+
+    def __init__(self, dirpath: str | Path) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename="last",
+            save_top_k=1,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
 
 
 class SafeCheckpointIO(CheckpointIO):

@@ -40,13 +40,18 @@ def seeded(*entropy: int | str) -> Iterator[int]:
     """
     before = {name: os.environ.get(name) for name in _ENVIRONMENT}
     seed = derive_seed(*entropy)
+    error: BaseException | None = None
     with isolate_rng():
         L.seed_everything(seed, workers=True, verbose=False)
         try:
             yield seed
+        except BaseException as raised:  # isolate_rng restores nothing when an error passes through it
+            error = raised
         finally:
             for name, value in before.items():
                 if value is None:
                     os.environ.pop(name, None)
                 else:
                     os.environ[name] = value
+    if error is not None:
+        raise error

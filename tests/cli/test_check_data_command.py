@@ -11,8 +11,28 @@ import yaml
 from PIL import Image
 
 from fkd_med.cli import main
+from fkd_med.cli.data_parser import build_data, data_parser
 
 Said = pytest.CaptureFixture[str]
+
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+WHOLE = [
+    path.relative_to(CONFIGS).as_posix()
+    for path in sorted(CONFIGS.rglob("*.yaml"))
+    if {"data", "model"} <= yaml.safe_load(path.read_text()).keys()
+]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_every_shipped_configuration_is_read(name: str) -> None:
+    files = [name, "small.yaml", *(["small_federated.yaml"] if "fkd" in name else [])]
+    arguments = [part for file in files for part in ("--config", str(CONFIGS / file))]
+    config = data_parser("test", "").parse_args([*arguments, "--data.root", "elsewhere"])
+    data = build_data(config)
+    assert data.root == Path("elsewhere")
+    small = yaml.safe_load((CONFIGS / "small.yaml").read_text())["data"]["init_args"]
+    assert (data.preprocessing.image_size, data.batch_size) == (small["image_size"], small["batch_size"])
 
 
 @pytest.fixture(scope="session")
@@ -128,8 +148,9 @@ def test_a_manifest_of_other_data(copy: Path, tmp_path: Path, capsys: Said) -> N
     manifest = tmp_path / "out" / "manifest.csv"
     assert check(tmp_path / "two", "--data.root", copy, "--data.manifest", manifest) == 0
     assert (tmp_path / "two" / "manifest.csv").read_bytes() == manifest.read_bytes()
-    (copy / "images" / f"{names(copy)[0]}.png").unlink()
-    (copy / "masks" / f"{names(copy)[0]}.png").unlink()
+    gone = f"{names(copy)[0]}.png"
+    (copy / "images" / gone).unlink()
+    (copy / "masks" / gone).unlink()
     assert check(tmp_path / "three", "--data.root", copy, "--data.manifest", manifest) == 2
     assert "1 images are not in the data" in capsys.readouterr().out
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -127,6 +128,35 @@ def test_any_checkpoint_of_the_run_but_no_other_file(tiny_run: Path, tmp_path: P
     assert code == (0 if name.endswith("ckpt") else 2)
     assert [path.name for path in tmp_path.rglob("*.png")] == ([image.name] if code == 0 else [])
     assert code == 0 or "is not a checkpoint" in capsys.readouterr().err
+
+
+def test_a_plain_run_needs_no_federation(tiny_run: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load((tiny_run.parents[1] / "tiny.yaml").read_text())
+    del config["federation"]
+    config["model"] = config["model"]["init_args"]["teacher"]["init_args"]["module"]
+    config |= {"run_dir": str(tmp_path / "run"), "trainer": config["trainer"] | {"max_epochs": 1}}
+    (tmp_path / "plain.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", str(tmp_path / "plain.yaml")]) == 0
+    images = tiny_run.parents[1] / "phantoms" / "images"
+    for name in ("student.ckpt", "checkpoints/last.ckpt"):
+        assert predict(tmp_path / "run" / name, "--data.images", images, "--output", tmp_path / name) == 0
+    with (tmp_path / "run" / "images.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
+    assert len(rows) == 8
+    for row in rows:
+        png = f"{row['id']}.png"
+        ours = dice(tmp_path / "student.ckpt" / png, images.parent / "masks" / png)
+        assert ours == pytest.approx(float(row["dice"]), abs=1e-9)
+
+
+def test_a_turned_photograph_gives_an_upright_mask(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by 90 degrees clockwise: left becomes top
+    (tmp_path / "in").mkdir()
+    Image.fromarray(half(64, 32).astype(np.uint8)).save(tmp_path / "in" / "a.jpg", exif=exif, quality=95)
+    assert predict(threshold(tmp_path / "x.ckpt"), "--data.images", tmp_path / "in", "--output", tmp_path / "out") == 0
+    mask = np.asarray(Image.open(tmp_path / "out" / "a.png"))
+    assert mask.shape == (32, 64) and not mask[:12].any() and (mask[20:] == 255).all()
 
 
 @pytest.mark.parametrize("resize", ["letterbox", "stretch"])

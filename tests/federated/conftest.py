@@ -155,9 +155,7 @@ def teacher_stage(store: Path, **options: Any) -> TeacherStage:
 
 def distilled(store: Path, source: Any = None, **options: Any) -> DistillationModule:
     teacher = source or teacher_stage(store)
-    return DistillationModule(
-        network(), teacher=teacher, losses={"kd": LogitKL()}, optimizer=adam, **options
-    )
+    return DistillationModule(network(), teacher=teacher, losses={"kd": LogitKL()}, optimizer=adam, **options)
 
 
 def trainer(folder: Path, federation: Federation | None = None, **options: Any) -> FederatedTrainer:

@@ -245,7 +245,9 @@ def test_nan_loss_names_client_round_and_batch(fed, tmp_path) -> None:
                 return torch.utils.data.DataLoader(batches, batch_size=None)
             return loader
 
-    with pytest.raises(TrainingError, match=r"not finite.*client c, round 2, batch 1, images c-train-\d.*learning rate"):
+    with pytest.raises(
+        TrainingError, match=r"not finite.*client c, round 2, batch 1, images c-train-\d.*learning rate"
+    ):
         fed.trainer(tmp_path, Federation(rounds=3)).fit(fed.student(), datamodule=Broken())
     assert "trainer" not in (tmp_path / "metrics.csv").read_text()
 

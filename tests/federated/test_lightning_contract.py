@@ -36,7 +36,9 @@ def test_fit_loop(trainer: L.Trainer) -> None:
 def test_fit_loop_counts_the_epoch_before_its_hooks() -> None:
     """Checkpoints of `on_train_epoch_end` hold a processed epoch; a resume goes on with the next."""
     source = inspect.getsource(_FitLoop.on_advance_end)
-    assert source.index("increment_processed") < source.index("on_train_epoch_end") < source.index("increment_completed")
+    assert (
+        source.index("increment_processed") < source.index("on_train_epoch_end") < source.index("increment_completed")
+    )
 
 
 def test_epoch_loop(trainer: L.Trainer) -> None:

@@ -49,7 +49,9 @@ def fit(fed: Any, folder: Path, *callbacks: Any, resume: bool = False, recipe: A
     ckpt = str(folder / "checkpoints" / "last.ckpt") if resume else None
     trainer.fit(module, datamodule=fed.Hospitals(), ckpt_path=ckpt)
     return trainer, fed.weights(module) | {
-        f"{client}/{name}": tensor for client, state in module.personal.by_client.items() for name, tensor in state.items()
+        f"{client}/{name}": tensor
+        for client, state in module.personal.by_client.items()
+        for name, tensor in state.items()
     }
 
 
@@ -176,11 +178,11 @@ def test_a_finished_run_does_nothing_more(fed, tmp_path) -> None:
 def test_other_seed_threads_or_kind_of_run_are_refused(fed, tmp_path, monkeypatch) -> None:
     fit(fed, tmp_path, recipe={"rounds": 1})
     monkeypatch.setenv("PL_GLOBAL_SEED", "8")
-    with pytest.raises(ConfigError, match="started with seed 7.*8.*--seed_everything 7"):
+    with pytest.raises(ConfigError, match=r"started with seed 7.*8.*--seed_everything 7"):
         fit(fed, tmp_path, resume=True)
     monkeypatch.setenv("PL_GLOBAL_SEED", "7")
     torch.set_num_threads(2)
-    with pytest.raises(ConfigError, match="used 1 CPU threads.*set federation.threads to 1"):
+    with pytest.raises(ConfigError, match=r"used 1 CPU threads.*set federation.threads to 1"):
         fit(fed, tmp_path, resume=True)
     fit(fed, tmp_path, resume=True, recipe={"threads": 1})
     plain = L.Trainer(
@@ -198,7 +200,7 @@ def test_a_lost_client_state_is_named(fed, tmp_path) -> None:
     fit(fed, tmp_path, recipe={"rounds": 2, "optimizer_state": "keep"})
     for path in (tmp_path / "clients" / "b").iterdir():
         path.unlink()
-    with pytest.raises(RunError, match="state of client b after round 2.*--overwrite"):
+    with pytest.raises(RunError, match=r"state of client b after round 2.*--overwrite"):
         fit(fed, tmp_path, resume=True, recipe={"optimizer_state": "keep"})
 
 

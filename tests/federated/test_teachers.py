@@ -368,9 +368,29 @@ def test_two_processes_train_once(fed, tmp_path) -> None:
     assert len({path for _, path in notes}) == 1
 
 
+@pytest.mark.parametrize("said", [True, False])
+def test_all_ranks_do_as_rank_zero_found(fed, tmp_path, monkeypatch, said) -> None:
+    """Another run may finish a teacher while rank 0 waits for the lock and rank 1 has looked already."""
+    path = ensure(fed, fed.teacher_stage(tmp_path, epochs=1))
+    if said:
+        path.unlink()
+
+    def broadcast(box: list[bool], src: int) -> None:
+        assert src == 0
+        box[0] = said
+
+    fits: list[int] = []
+    stage = fed.teacher_stage(tmp_path, epochs=1)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(stage, "_train", lambda *args: fits.append(1))
+    ensure(fed, stage)
+    assert fits == ([] if said else [1])
+
+
 def test_a_store_that_cannot_be_written_is_named(fed, tmp_path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="teacher store .*file.* cannot be written"):
+    with pytest.raises(RunError, match=r"teacher store .*file.* cannot be written"):
         ensure(fed, fed.teacher_stage(tmp_path / "file"))
 
 
@@ -420,7 +440,9 @@ def test_brought_teachers_load(fed, tmp_path, monkeypatch, kind) -> None:
 def test_wrong_architecture_names_both(fed, tmp_path) -> None:
     torch.save(fed.network(5).state_dict(), tmp_path / "t.pt")
     stage = fed.teacher_stage(tmp_path / "store", checkpoints={"a": str(tmp_path / "t.pt")})
-    with pytest.raises(RunError, match=r"teacher of a in .*t\.pt .*Sequential.*0\.bias is \(5,\) there and \(6,\) here"):
+    with pytest.raises(
+        RunError, match=r"teacher of a in .*t\.pt .*Sequential.*0\.bias is \(5,\) there and \(6,\) here"
+    ):
         ensure(fed, stage)
     torch.save({"encoder.weight": torch.zeros(1)}, tmp_path / "t.pt")
     with pytest.raises(RunError, match=r"missing 0\.bias.*unknown encoder\.weight"):

@@ -232,7 +232,9 @@ def test_alone_each_client_is_scored_with_its_own_tensors(fed, tmp_path, alone) 
 def test_alone_checkpoints_hold_everyones_tensors(fed, tmp_path, alone) -> None:
     """Tested after a reload, in another process in effect, the scores are the same."""
     trainer, module = alone
-    trainer.test(module, datamodule=fed.Hospitals(), ckpt_path=str(tmp_path / "checkpoints" / "last.ckpt"), verbose=False)
+    trainer.test(
+        module, datamodule=fed.Hospitals(), ckpt_path=str(tmp_path / "checkpoints" / "last.ckpt"), verbose=False
+    )
     before = {(r.client, r.id): (r.dice, r.hd95) for r in module.evaluated}
     assert len(before) == 9
     other = fed.student()
@@ -256,7 +258,7 @@ def test_alone_needs_a_module_that_can_hold_it(fed, tmp_path) -> None:
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), 0.1)
 
-    with pytest.raises(ConfigError, match="Foreign cannot hold.*SegmentationModule"):
+    with pytest.raises(ConfigError, match=r"Foreign cannot hold.*SegmentationModule"):
         fed.trainer(tmp_path / "1", Federation(rounds=1, aggregator=None), limit_val_batches=0).fit(
             Foreign(), datamodule=fed.Hospitals()
         )

@@ -88,7 +88,7 @@ def _records(data: FederatedDataModule, found: _Findings) -> list[Record]:
         try:
             data.layout.records(data.root, "error")
         except DataError as error:
-            left_out = [note for note in notes if note not in accepted]
+            left_out = [note.removeprefix("Left out ") for note in notes if note not in accepted]
             found.errors += left_out or [str(error)]
             if left_out:
                 found.errors[-1] += " Add what is missing, or leave these out with --data.on_missing=skip."

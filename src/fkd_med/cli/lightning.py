@@ -15,6 +15,7 @@ from rich.console import Console
 
 from fkd_med.cli.configuration import fit_networks_to_data, stored_seed
 from fkd_med.cli.report import Report
+from fkd_med.checkpoints import LastCheckpoint
 from fkd_med.data import FederatedDataModule
 from fkd_med.errors import ConfigError, RunError
 from fkd_med.federated import FederatedTrainer, Federation
@@ -87,7 +88,6 @@ class FkdCLI(LightningCLI):
                 "checkpoint.filename": "best-{step}",
                 "checkpoint.monitor": "val/dice",
                 "checkpoint.mode": "max",
-                "checkpoint.save_last": True,
             }
         )
 
@@ -117,6 +117,7 @@ class FkdCLI(LightningCLI):
         config.trainer.default_root_dir = config.run_dir
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(self.run_dir.checkpoints)
+        self.trainer_defaults = {"callbacks": [LastCheckpoint(config.checkpoint.dirpath)]}
         if self.subcommand != "teachers":
             config.ckpt_path = self._checkpoint(config.get("ckpt_path"))
         self.resumes = self.subcommand == "fit" and config.get("ckpt_path") is not None

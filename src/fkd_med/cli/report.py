@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor, nn
 
-from fkd_med.checkpoints import write_checkpoint
+from fkd_med.checkpoints import LastCheckpoint, write_checkpoint
 from fkd_med.communication import Ledger, counterfactual_bytes
 from fkd_med.data.geometry import undo
 from fkd_med.evaluation import (
@@ -143,16 +143,14 @@ class Report:
         federation.aggregator, federation.local_baseline = None, False
         kept = ("limit_val_batches", "limit_test_batches", "check_val_every_n_epoch", "max_time")
         flags = {name: self.trainer.flags[name] for name in kept if self.trainer.flags.get(name) is not None}
-        best = ModelCheckpoint(
-            dirpath=run.checkpoints, filename="best-{step}", monitor="val/dice", mode="max", save_last=True
-        )
+        best = ModelCheckpoint(dirpath=run.checkpoints, filename="best-{step}", monitor="val/dice", mode="max")
         with quiet():
             return FederatedTrainer(
                 **{**self.trainer.inner_flags, **flags},
                 default_root_dir=str(run.path),
                 federation=federation,
                 logger=[MetricsCSV(run.metrics)],
-                callbacks=[best, ImageRecorder(run.images, panel_every=0)],
+                callbacks=[best, LastCheckpoint(run.checkpoints), ImageRecorder(run.images, panel_every=0)],
             )
 
     # --- files ------------------------------------------------------------------------------------------------
@@ -246,11 +244,11 @@ class Report:
 
 def best_checkpoint(trainer: L.Trainer) -> str | None:
     """Return the best checkpoint of a fit, or the last; None tests the weights as they are."""
-    callback = trainer.checkpoint_callback
-    path = getattr(callback, "best_model_path", "") or getattr(callback, "last_model_path", "")
     federation = getattr(trainer, "federation", None)
+    paths = [getattr(callback, "best_model_path", "") for callback in trainer.checkpoint_callbacks]
     if federation is not None and federation.is_local:  # the last one holds every client's own best
-        path = getattr(callback, "last_model_path", "")
+        paths.reverse()
+    path = paths[0] if paths else ""
     return path if path and Path(path).exists() else None
 
 

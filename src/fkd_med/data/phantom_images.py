@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from fkd_med.seeding import derive_seed
 
 Plane = NDArray[np.float32]
-TISSUES = ((0.80, 0.45, 0.40), (0.72, 0.60, 0.38), (0.62, 0.45, 0.62), (0.50, 0.55, 0.50), (0.85, 0.66, 0.60))
+TISSUES = ((0.78, 0.48, 0.44), (0.73, 0.55, 0.42), (0.68, 0.48, 0.56), (0.62, 0.53, 0.48), (0.80, 0.58, 0.53))
+REDDER = (0.5, -0.35, -0.25)  # hue of a lesion against its tissue, per contrast: what all hospitals have in common
 WITHOUT_LESION = 0.08  # share of images
 
 
@@ -89,7 +90,7 @@ class _Lesions:
         sign = 1.0 if rng.random() < look.brighter else -1.0
         contrast = rng.uniform(0.06, 0.1) if faint else rng.uniform(0.15, 0.32)
         return cls(
-            tint=(sign * contrast * np.array([1, 0.9, 0.8]) + rng.normal(0, 0.04, 3)).astype(np.float32),
+            tint=(contrast * (sign * np.array([1, 0.9, 0.8]) + REDDER) + rng.normal(0, 0.03, 3)).astype(np.float32),
             border=rng.uniform(0.15, 0.3) if faint else rng.uniform(0.03, 0.12),
             relief=rng.uniform(0.07, 0.16),
             texture=rng.uniform(0.04, 0.1),

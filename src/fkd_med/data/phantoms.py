@@ -22,7 +22,7 @@ from fkd_med.data.records import Record
 from fkd_med.errors import ConfigError, DataError
 
 MARKER = "phantoms.json"
-VERSION = 1  # raise it when a change alters the pixels
+VERSION = 2  # raise it when a change alters the pixels
 IMAGES_PER_PATIENT = 4
 
 

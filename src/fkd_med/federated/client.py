@@ -143,7 +143,9 @@ class ClientWorker:
 
     def _trainer(self, client: str, round: int, callbacks: list[L.Callback]) -> L.Trainer:
         length = {"max_epochs": self.federation.local_epochs}
-        if self.federation.local_steps is not None:
+        if "limit_val_batches" in self.flags:  # set by fast_dev_run only, which is one batch
+            length = {"max_epochs": 1}
+        elif self.federation.local_steps is not None:
             length = {"max_epochs": -1, "max_steps": self.federation.local_steps}
         text = f"round {round}/{self.federation.rounds} · {client}"
         extra = [MeanBuffers(), LossOnBar(self.reporter, text), *copy.deepcopy(self.federation.client_callbacks)]

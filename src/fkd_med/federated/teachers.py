@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from fkd_med.checkpoints import SafeCheckpointIO
+from fkd_med.checkpoints import LastCheckpoint, SafeCheckpointIO
 from fkd_med.errors import ConfigError, RunError
 from fkd_med.federated.client_data import ClientData
 from fkd_med.federated.inner import inner_trainer, release
@@ -158,15 +158,14 @@ class TeacherStage(TeacherSource):
         fast = options["flags"].get("limit_val_batches")
         epochs = 1 if fast else self.epochs
         best = ModelCheckpoint(
-            dirpath=folder / "training", filename="best", monitor="val/dice", mode="max", save_last=True,
-            enable_version_counter=False,
-        )  # fmt: skip
+            dirpath=folder / "training", filename="best", monitor="val/dice", mode="max", enable_version_counter=False
+        )
         curve = TeacherCurve(name, epochs, reporter, options.get("log"))
         with seeded(global_seed(), "teacher", name), quiet():
             trainer = inner_trainer(
                 options["flags"],
                 max_epochs=epochs,
-                callbacks=[best, curve, LossOnBar(reporter, f"teacher · {name}")],
+                callbacks=[best, LastCheckpoint(folder / "training"), curve, LossOnBar(reporter, f"teacher · {name}")],
                 enable_checkpointing=True,
                 plugins=[SafeCheckpointIO()],
                 default_root_dir=folder,

@@ -98,6 +98,11 @@ class FederatedTrainer(L.Trainer):
             if self.fast_dev_run and self.is_global_zero:
                 shutil.rmtree(self.run_dir.path, ignore_errors=True)
 
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Write a checkpoint, as Lightning does; a trial run (``fast_dev_run``) writes none, not even at its end."""
+        if not self.fast_dev_run:  # Lightning's ModelCheckpoint forgets that in on_train_end
+            super().save_checkpoint(*args, **kwargs)
+
     def teachers(self, model: L.LightningModule, datamodule: Any) -> None:
         """Train the teachers of a distillation that do not exist yet, and nothing else.
 

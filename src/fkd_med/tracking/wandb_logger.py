@@ -54,6 +54,7 @@ class WandbLogger(LightningWandbLogger):
             kwargs["settings"] = wandb.Settings(silent=bool(offline), console="off")
         super().__init__(project=project, name=name, save_dir=save_dir or ".", offline=offline, **kwargs)
         self._own_save_dir = save_dir is not None
+        self._on_teacher_axis: set[str] = set()
 
     def place(self, run_dir: str, name: str) -> None:
         """Put the files of a run that was not told where into its run directory."""
@@ -66,10 +67,9 @@ class WandbLogger(LightningWandbLogger):
     @rank_zero_only
     def log_teacher(self, metrics: Mapping[str, float], epoch: int) -> None:
         """Log a teacher's metrics on their own axis: ``teacher/epoch``."""
-        if not getattr(self, "_teacher_axis", False):
-            self.experiment.define_metric("teacher/epoch")
-            self.experiment.define_metric("teacher/*", step_metric="teacher/epoch")
-            self._teacher_axis = True
+        for name in metrics.keys() - self._on_teacher_axis:  # by name: the logger's own pattern `*` matches them too
+            self.experiment.define_metric(name, step_metric="teacher/epoch")
+        self._on_teacher_axis |= metrics.keys()
         self.experiment.log({**metrics, "teacher/epoch": epoch})
 
     @rank_zero_only

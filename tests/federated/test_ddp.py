@@ -1,0 +1,109 @@
+"""Two processes on the CPU run a federation together: equal models, and only the first writes.
+
+Slow because each process imports the stack. A deadlock shows as a timeout.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+PROGRAM = """
+import os, sys
+sys.path.insert(0, {folder!r})
+import torch
+torch.set_num_threads(1)
+import lightning as L
+from conftest import Hospitals, distilled, student, teacher_stage, trainer, weights
+from fkd_med.federated import Federation
+
+rank = int(os.environ.get("LOCAL_RANK", 0))
+L.seed_everything(7, verbose=False)
+root = {root!r}
+written = []
+def spy(event, arguments):
+    if event == "open" and str(arguments[0]).startswith(root) and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+        written.append(str(arguments[0]))
+    if event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir") and str(arguments[0]).startswith(root):
+        written.append(f"{{event}} {{arguments[0]}}")
+
+sys.addaudithook(spy)
+
+def run(name, module, rounds=2, ckpt=None, **recipe):
+    options = recipe.pop("trainer", {{}})
+    made = trainer(
+        __import__("pathlib").Path(root) / name, Federation(rounds=rounds, **recipe), strategy="ddp", devices=2,
+        **options,
+    )
+    data = Hospitals({{"a": 8, "b": 16, "c": 24}})
+    made.fit(module, datamodule=data, ckpt_path=ckpt)
+    state, own = weights(module), module.personal.by_client
+    state |= {{f"own-{{client}}/{{name}}": tensor for client in own for name, tensor in own[client].items()}}
+    before = len(written)
+    torch.save(state, f"{{root}}/{{name}}-{{os.environ['LOCAL_RANK']}}.pt")
+    del written[before:]
+    return made
+
+run("plain", student())
+run("keep", student(), optimizer_state="keep", fraction=0.5)
+run("resumed", student(), rounds=1)
+run("resumed", student(), rounds=2, ckpt=f"{{root}}/resumed/checkpoints/last.ckpt")
+run("alone", student(), aggregator=None)
+run("unseen", student(), trainer={{"limit_val_batches": 0}})
+stage = teacher_stage(f"{{root}}/teachers", epochs=1)
+run("taught", distilled(None, source=stage), rounds=1)
+run("again", distilled(None, source=teacher_stage(f"{{root}}/teachers", epochs=1)), rounds=1)
+run("trial", distilled(None, source=stage), trainer={{"fast_dev_run": True}})
+open(f"{{root}}/written-{{os.environ['LOCAL_RANK']}}", "w").write("\\n".join(written))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_hold_one_model(tmp_path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(PROGRAM.format(folder=str(Path(__file__).parent), root=str(tmp_path)))
+    environment = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "PL_GLOBAL_SEED")}
+    result = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=environment, check=False
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    for name in ("plain", "keep", "resumed", "alone", "unseen", "taught", "again", "trial"):
+        one, other = (load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+        assert any(not torch.equal(value, START[key]) for key, value in one.items() if key in START) or name == "alone"
+    assert any(key.startswith("own-a/") for key in load(tmp_path / "alone-0.pt"))
+    plain, resumed = load(tmp_path / "plain-0.pt"), load(tmp_path / "resumed-0.pt")
+    assert all(torch.equal(plain[key], resumed[key]) for key in plain)
+    taught, again = load(tmp_path / "taught-0.pt"), load(tmp_path / "again-0.pt")
+    assert all(torch.equal(taught[key], again[key]) for key in taught)
+    notes = (tmp_path / "written-1").read_text().splitlines()
+    assert [note for note in notes if not note.endswith(("run.py", "written-1"))] == []
+    assert len((tmp_path / "written-0").read_text().splitlines()) > 20  # the spy sees what is written
+    for name in ("images.csv", "metrics.csv", "ledger.csv"):
+        lines = (tmp_path / "plain" / name).read_text().splitlines()
+        assert len(lines) == len(set(lines)) > 1, name  # nothing twice
+    images = (tmp_path / "plain" / "images.csv").read_text().splitlines()[1:]
+    assert len(images) == 2 * 9  # rounds x validation images, though the sampler pads 3 to 4
+    assert not list((tmp_path / "plain" / "journal").glob("*"))
+    assert len(list((tmp_path / "teachers").glob("*/teacher.safetensors"))) == 6  # three real, three of the trial run
+    assert not list(tmp_path.glob("*fast-dev-run*"))
+
+
+def load(path: Path) -> dict[str, Any]:
+    stored: dict[str, Any] = torch.load(path, weights_only=True)
+    return stored
+
+
+START: dict[str, Any] = {}
+
+
+@pytest.fixture(autouse=True)
+def _remember_start(fed) -> None:
+    START.update(fed.weights(fed.student()))

@@ -1,0 +1,137 @@
+"""Weights & Biases without an account: recorded offline, one run each, read back from the file it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from wandb.proto import wandb_internal_pb2
+
+from fkd_med.tracking import WandbLogger
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "home" / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "home" / "config"))
+
+
+def records(path: Path) -> Iterator[Any]:
+    """Yield the records of an offline run: a 7-byte header, then LevelDB-style log blocks of 32 KiB."""
+    data, position, buffer = path.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        position += 7
+        if length == 0 and kind == 0:
+            position += left - 7
+            continue
+        buffer += data[position : position + length]
+        position += length
+        if kind in (1, 4):  # whole, or the last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(buffer)
+            yield record
+            buffer = b""
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    (path,) = folder.glob("wandb/*run-*/run-*.wandb")
+    rows = []
+    for record in records(path):
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            rows.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
+    return rows
+
+
+def axes(folder: Path) -> dict[str, str]:
+    """Return the axis that was declared for each metric or pattern."""
+    (path,) = folder.glob("wandb/*run-*/run-*.wandb")
+    found = {}
+    for record in records(path):
+        if record.WhichOneof("record_type") == "metric":
+            found[record.metric.name or record.metric.glob_name] = record.metric.step_metric
+    return found
+
+
+def test_offline_run_reads_back(tmp_path) -> None:
+    logger = WandbLogger(name="mine", save_dir=str(tmp_path))
+    logger.log_teacher({"teacher/a/val/dice": 0.25}, epoch=1)
+    logger.log_teacher({"teacher/a/val/dice": 0.5}, epoch=2)
+    for round in (1, 2, 3):
+        logger.log_metrics({"a/train/loss": 1 / round, "b/train/loss": 2 / round}, step=round)
+        logger.log_metrics({"val/dice": round / 10, "a/val_dice": round / 20}, step=round)
+    logger.log_image("val/pictures", [np.zeros((8, 8, 3), np.uint8)], caption=["a: 1"])
+    console = Console(record=True, width=200)
+    logger.close(console)
+    rows = history(tmp_path)
+
+    def curve(name: str, axis: str) -> list[tuple[int, float]]:
+        return [(row[axis], row[name]) for row in rows if name in row]
+
+    assert curve("a/train/loss", "trainer/global_step") == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    assert curve("b/train/loss", "trainer/global_step") == [(1, 2.0), (2, 1.0), (3, 2 / 3)]
+    assert curve("val/dice", "trainer/global_step") == [(1, 0.1), (2, 0.2), (3, 0.3)]
+    assert curve("a/val_dice", "trainer/global_step") == [(1, 0.05), (2, 0.1), (3, 0.15)]
+    assert curve("teacher/a/val/dice", "teacher/epoch") == [(1, 0.25), (2, 0.5)]
+    declared = axes(tmp_path)
+    assert declared["teacher/a/val/dice"] == "teacher/epoch"
+    assert declared["*"] == "trainer/global_step"
+    assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/val/pictures*.png"))) == 1
+    assert "wandb sync" in console.export_text()
+
+
+def test_no_account_is_offline_and_the_environment_comes_back(tmp_path) -> None:
+    logger = WandbLogger(save_dir=str(tmp_path))
+    logger.log_metrics({"x": 1.0}, step=1)
+    logger.close()
+    assert "WANDB_MODE" not in os.environ
+    assert len(history(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("mode", ["offline", "disabled"])
+def test_the_users_mode_comes_back(tmp_path, monkeypatch, mode) -> None:
+    monkeypatch.setenv("WANDB_MODE", mode)
+    logger = WandbLogger(save_dir=str(tmp_path))
+    logger.log_metrics({"x": 1.0}, step=1)
+    logger.close()
+    assert os.environ["WANDB_MODE"] == mode
+    assert bool(list(tmp_path.glob("wandb/*run-*/run-*.wandb"))) == (mode == "offline")
+
+
+def test_two_runs_in_one_process_are_two_runs(tmp_path) -> None:
+    for name in ("one", "two"):
+        logger = WandbLogger()
+        logger.place(str(tmp_path / name), name)
+        (tmp_path / name).mkdir()
+        logger.log_metrics({name: 1.0}, step=1)
+        logger.close()
+    for name in ("one", "two"):
+        (row,) = history(tmp_path / name)
+        assert name in row
+    ids = {path.name for path in tmp_path.glob("*/wandb/*run-*/run-*.wandb")}
+    assert len(ids) == 2
+
+
+def test_a_given_place_and_name_win(tmp_path) -> None:
+    logger = WandbLogger(name="mine", save_dir=str(tmp_path / "own"))
+    logger.place(str(tmp_path / "run"), "run")
+    assert (logger._name, logger._wandb_init["dir"]) == ("mine", str(tmp_path / "own"))
+    logger.close()
