@@ -131,9 +131,15 @@ def test_missing_masks_are_skipped_when_asked(
         (("--federation.fraction=0",), ("fraction", "above 0")),
         (("--trainer.max_epochs=3",), ("max_epochs", "federation.rounds")),
         (("--trainer.strategy=ddp_spawn",), ("ddp_spawn", "ddp")),
-        (("--trainer.callbacks+=lightning.pytorch.callbacks.LearningRateMonitor",), ("LearningRateMonitor", "remove it")),
         (
-            ("--trainer.callbacks+=lightning.pytorch.callbacks.StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.1"),
+            ("--trainer.callbacks+=lightning.pytorch.callbacks.LearningRateMonitor",),
+            ("LearningRateMonitor", "remove it"),
+        ),
+        (
+            (
+                "--trainer.callbacks+=lightning.pytorch.callbacks.StochasticWeightAveraging",
+                "--trainer.callbacks.swa_lrs=0.1",
+            ),
             ("StochasticWeightAveraging", "client_callbacks"),
         ),
         (("--model.network.classes=3",), ("classes", "data.classes")),

@@ -184,7 +184,7 @@ class FkdCLI(LightningCLI):
         return trainer
 
     def _loggers(self, configured: Any) -> Any:
-        if configured is False or self.subcommand != "fit":
+        if self.subcommand != "fit":
             return False
         loggers = [logger for logger in _as_list(configured) if not isinstance(logger, bool)]
         for logger in loggers:

@@ -173,8 +173,6 @@ class Report:
             "pytorch-lightning_version": L.__version__,
             "epoch": model.clock.round,
             "global_step": model.clock.round,
-            "loops": {},
-            "callbacks": {},
             "fkd_med": model.export(),
         }
 
@@ -225,7 +223,7 @@ class Report:
         for logger in self.trainer.loggers:
             if hasattr(logger, "log_image"):
                 logger.log_image("test/pictures", [str(paths[0])])
-        self.console.print(f"Pictures: {self.run_dir.pictures} (begin with {paths[0].name})", highlight=False)
+        self.console.print(f"Pictures: {paths[0]}", highlight=False, soft_wrap=True)
 
     def _sample(self, client: str, name: str, rank: str, info: dict[str, Any]) -> Sample:
         dataset = self.data.client_test_dataloader(client).dataset

@@ -1,0 +1,181 @@
+"""`fkd fit` and what follows it, as a user runs them."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning import Callback
+
+from fkd_med.checkpoints import read_checkpoint
+from fkd_med.cli import main
+from fkd_med.communication import Ledger
+from fkd_med.evaluation import ImageTable, summarize
+
+
+class StopBeforeRound(Callback):
+    """Ends the process's work as a crash would, before a round is closed."""
+
+    def __init__(self, round: int) -> None:
+        self.round = round
+
+    def on_train_epoch_start(self, trainer, pl_module) -> None:  # type: ignore[no-untyped-def]
+        if trainer.current_epoch + 1 == self.round:
+            raise KeyboardInterrupt
+
+
+def command(tiny_run: Path, verb: str, run: Path, *options: str) -> int:
+    return main([verb, "--config", str(tiny_run.parents[1] / "tiny.yaml"), "--run_dir", str(run), *options])
+
+
+def curves(run: Path) -> list[str]:
+    """The lines of metrics.csv that rounds wrote."""
+    lines = (run / "metrics.csv").read_text().splitlines()[1:]
+    return [line for line in lines if not line.split(",")[1].startswith(("test/", "teacher/"))]
+
+
+def test_a_run_leaves_what_it_promises(tiny_run: Path) -> None:
+    names = {path.name for path in tiny_run.iterdir()}
+    assert {"config.yaml", "manifest.csv", "checkpoints", "ledger.csv", "images.csv", "metrics.csv", "pictures",
+            "student.ckpt", "report.md", "local"} <= names  # fmt: skip
+    assert not any((tiny_run / "journal").iterdir())
+    assert (tiny_run / "pictures" / "overview.png").stat().st_size > 10_000
+    table = ImageTable.read(tiny_run / "images.csv")
+    arms = {(row.arm, row.model) for row in table.of("test")}
+    assert arms == {("", "teacher"), ("local-only", "student"), ("federated", "student")}
+    assert {row.round for row in table.of("val")} == {1, 2}
+    ids = {arm: {row.id for row in table.of("test", *arm[::-1])} for arm in arms}
+    assert len(set(map(frozenset, ids.values()))) == 1, "all arms are tested on the same images"
+    assert "local-only student" in (tiny_run / "report.md").read_text()
+
+
+def test_the_ledger_holds_the_bytes_of_every_message(tiny_run: Path) -> None:
+    ledger = Ledger(tiny_run / "ledger.csv")
+    assert {(row.round, row.client, row.direction) for row in ledger.rows} == {
+        (round, client, way) for round in (1, 2) for client in ("hospital-a", "hospital-b") for way in ("up", "down")
+    }
+    student = read_checkpoint(tiny_run / "student.ckpt")["state_dict"]
+    payload = sum(tensor.numel() * tensor.element_size() for tensor in student.values())
+    assert ledger.total(section="state") == 8 * payload
+    assert ledger.total(section="header") > 0
+
+
+def test_a_config_written_by_a_run_parses_again(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", str(tiny_run / "config.yaml"), "--print_config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["federation"]["init_args"]["rounds"] == 2
+    assert printed["model"]["init_args"]["network"]["init_args"] == {"in_channels": 3, "classes": 1}
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    stop = f"--trainer.callbacks+={__name__}.StopBeforeRound"
+    quick = ("--federation.local_baseline=false",)
+    # Lightning turns an interruption into an exit of its own.
+    assert command(tiny_run, "fit", run, *quick, stop, "--trainer.callbacks.round=2") != 0
+    assert [row["round"] for row in csv.DictReader((run / "ledger.csv").open())].count("2") == 0
+    assert command(tiny_run, "fit", run, *quick, "--ckpt_path=last") == 0
+    expected, actual = (read_checkpoint(path / "student.ckpt") for path in (tiny_run, run))
+    assert expected["fkd_med"]["round"] == actual["fkd_med"]["round"]
+    for name, tensor in expected["state_dict"].items():
+        assert torch.equal(tensor, actual["state_dict"][name]), name
+    assert (run / "ledger.csv").read_bytes() == (tiny_run / "ledger.csv").read_bytes()
+    assert curves(run) == curves(tiny_run)
+    old, new = (ImageTable.read(path / "images.csv").of("val") for path in (tiny_run, run))
+    assert old == new
+
+
+def test_overwrite_starts_afresh_and_finds_its_teachers(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    (run / "mine.txt").write_text("a note")
+    options = ("--federation.local_baseline=false", "--federation.rounds=1", "--test_after_fit=false")
+    assert command(tiny_run, "fit", run, "--overwrite", *options) == 0
+    out = capsys.readouterr().out
+    assert out.count("found in") == 2
+    assert not (run / "local" / "images.csv").exists() and not (run / "student.ckpt").exists()
+    assert (run / "mine.txt").read_text() == "a note"
+
+
+def test_validate_and_test_score_the_runs_checkpoints(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = summarize(ImageTable.read(tiny_run / "images.csv").of("test", "student", "federated"))
+    assert main(["test", "--config", str(tiny_run / "config.yaml"), "--ckpt_path", str(tiny_run / "student.ckpt")]) == 0
+    after = ImageTable.read(tiny_run / "images.csv")
+    assert summarize(after.of("test", "student", "federated")) == before
+    assert "federated student" in capsys.readouterr().out
+    assert main(["validate", "--config", str(tiny_run / "config.yaml")]) == 0
+    assert "Validation" in capsys.readouterr().out
+
+
+def test_local_only_students_are_scored_alike_after_a_reload(tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert command(tiny_run, "fit", run, "--federation.aggregator=null", "--federation.local_baseline=false") == 0
+    assert not (run / "ledger.csv").exists(), "alone, nothing travels"
+    assert {path.parent.name for path in run.glob("clients/*/student.ckpt")} == {"hospital-a", "hospital-b"}
+    before = sorted(ImageTable.read(run / "images.csv").of("test", "student"), key=lambda row: row.key)
+    assert {row.arm for row in before} == {"local-only"}
+    assert main(["test", "--config", str(run / "config.yaml"), "--ckpt_path", "last"]) == 0
+    after = sorted(ImageTable.read(run / "images.csv").of("test", "student"), key=lambda row: row.key)
+    assert after == before
+    own = [read_checkpoint(path)["state_dict"]["network.head.weight"]
+           for path in run.glob("clients/*/student.ckpt")]  # fmt: skip
+    assert not torch.equal(*own)
+
+
+def test_without_a_federation_it_is_plain_lightning(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    config = yaml.safe_load((tiny_run.parents[1] / "tiny.yaml").read_text())
+    del config["federation"]
+    config["model"] = config["model"]["init_args"]["teacher"]["init_args"]["module"]
+    config["trainer"] |= {"max_epochs": 2, "enable_progress_bar": False, "enable_model_summary": False}
+    (tmp_path / "plain.yaml").write_text(yaml.safe_dump(config))
+    arguments = ["--config", str(tmp_path / "plain.yaml"), "--run_dir", str(run)]
+    assert main(["fit", *arguments, "--data.client=hospital-b"]) == 0
+    rows = ImageTable.read(run / "images.csv")
+    assert {row.client for row in rows.of("val")} == {"hospital-b"}, "client restricts validation"
+    assert {row.client for row in rows.of("test")} == {"hospital-a", "hospital-b"}, "test covers every hospital"
+    assert {row.round for row in rows.of("val")} == {1, 2}
+    assert main(["fit", *arguments, "--data.client=hospital-b", "--ckpt_path=last", "--trainer.max_epochs=3"]) == 0
+    assert {row.round for row in ImageTable.read(run / "images.csv").of("val")} == {1, 2, 3}
+
+
+def test_central_distillation_uses_the_pooled_teacher(tiny_run: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load((tiny_run.parents[1] / "tiny.yaml").read_text())
+    del config["federation"]
+    config["trainer"] |= {"max_epochs": 1, "enable_progress_bar": False, "enable_model_summary": False}
+    config["model"]["init_args"]["teacher"]["init_args"]["store"] = str(tmp_path / "store")
+    (tmp_path / "central.yaml").write_text(yaml.safe_dump(config))
+    run = tmp_path / "run"
+    assert main(["fit", "--config", str(tmp_path / "central.yaml"), "--run_dir", str(run)]) == 0
+    assert [path.name.rsplit("-", 1)[0] for path in (tmp_path / "store").iterdir()] == ["all-clients"]
+    arms = {(row.arm, row.model) for row in ImageTable.read(run / "images.csv").of("test")}
+    assert arms == {("", "teacher"), ("pooled", "student")}
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_any_smp_network_is_a_backbone_from_yaml(tiny_run: Path, tmp_path: Path, role: str) -> None:
+    path = "--model.network" if role == "student" else "--model.teacher.module.network"
+    network = tmp_path / "network.yaml"
+    network.write_text(
+        "class_path: segmentation_models_pytorch.Unet\n"
+        "init_args: {encoder_name: tu-mobilenetv3_small_050, encoder_weights: null}\n"
+    )
+    assert command(tiny_run, "fit", tmp_path / "run", f"{path}={network}", "--trainer.fast_dev_run=true") == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_teachers_alone(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = tmp_path / "store"
+    assert command(tiny_run, "teachers", tmp_path / "run", f"--model.teacher.store={store}") == 0
+    assert sorted(path.name.rsplit("-", 1)[0] for path in store.iterdir()) == ["hospital-a", "hospital-b"]
+    assert command(tiny_run, "teachers", tmp_path / "run", f"--model.teacher.store={store}") == 0
+    assert capsys.readouterr().out.count("found in") == 2
+    assert not (tmp_path / "run").exists()
