@@ -69,19 +69,21 @@ class Report:
             with quiet():
                 trainer.test(model, datamodule=self.data, ckpt_path=best_checkpoint(trainer))
             return
+        with quiet():
+            trainer.test(model, datamodule=self.data, ckpt_path=best_checkpoint(trainer), verbose=False)
+        own = group_arms(model.evaluated)
+        if trainer.is_global_zero:
+            self._export(model)
         if isinstance(model, DistillationModule) and model.active_losses:
             arms["teacher"] = self._test_teachers(model)
         federation = trainer.federation
         if federation is not None and federation.local_baseline and not federation.is_local:
             arms |= self._local_baseline(initial)
-        with quiet():
-            trainer.test(model, datamodule=self.data, ckpt_path=best_checkpoint(trainer), verbose=False)
-        arms |= group_arms(model.evaluated)
         if not trainer.is_global_zero:
             return
+        arms |= own
         student = next(reversed(arms))
         self.predictors[student] = _predictor(model)
-        self._export(model)
         self._print(arms)
         self._write_pictures(arms[student], int(self.data.export_info()["classes"]))
         self.console.print(f"Run directory: {self.run_dir.path}", highlight=False, soft_wrap=True)

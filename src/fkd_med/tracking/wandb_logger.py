@@ -53,6 +53,8 @@ class WandbLogger(LightningWandbLogger):
         if kwargs.get("settings") is None:
             kwargs["settings"] = wandb.Settings(silent=bool(offline), console="off")
         super().__init__(project=project, name=name, save_dir=save_dir or ".", offline=offline, **kwargs)
+        if self._wandb_init.get("anonymous") is None:
+            self._wandb_init.pop("anonymous", None)  # wandb warns of the mere word
         self._own_save_dir = save_dir is not None
         self._on_teacher_axis: set[str] = set()
 
