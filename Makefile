@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 UV ?= $(shell command -v uv 2>/dev/null)
 PYTHON ?=
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3 python3.12 python3.11 python3.13 python)
-CODE := src tests benchmarks notebooks
+VERSIONS := >=3.11,<3.14
 
 export NO_ALBUMENTATIONS_UPDATE := 1
 
@@ -73,7 +73,7 @@ endif
 $(BIN)/python:
 ifneq ($(UV),)
 	@echo "==> Making $(VENV) with uv"
-	@$(UV) venv --quiet --python '$(or $(PYTHON),>=3.11,<3.14)' $(VENV)
+	@$(UV) venv --quiet --python '$(if $(PYTHON),$(PYTHON),$(VERSIONS))' $(VENV)
 else
 	@for python in $(CANDIDATES); do \
 	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \

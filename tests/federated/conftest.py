@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from fkd_med.checkpoints import LastCheckpoint
 from fkd_med.data.datasets import collate
 from fkd_med.data.sampling import SeededSampler
 from fkd_med.federated import FederatedTrainer, Federation, TeacherStage
@@ -160,12 +161,18 @@ def distilled(store: Path, source: Any = None, **options: Any) -> DistillationMo
 
 def trainer(folder: Path, federation: Federation | None = None, **options: Any) -> FederatedTrainer:
     """Return the trainer that the command line would build: CPU, best and last checkpoints, CSV files."""
-    every = options.pop("save_every", None)
+    every, lightnings = options.pop("save_every", None), options.pop("lightnings_last", False)
+    best = ModelCheckpoint(
+        dirpath=folder / "checkpoints",
+        filename="best-{step}",
+        monitor="val/dice",
+        mode="max",
+        save_last=lightnings or None,
+        every_n_epochs=every,
+    )
     callbacks = [
-        ModelCheckpoint(
-            dirpath=folder / "checkpoints", filename="best-{step}", monitor="val/dice", mode="max", save_last=True,
-            every_n_epochs=every,
-        ),
+        best,
+        *([] if lightnings else [LastCheckpoint(folder / "checkpoints")]),
         ImageRecorder(folder / "images.csv", panel_every=0),
         *options.pop("callbacks", []),
     ]  # fmt: skip

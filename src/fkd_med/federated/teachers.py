@@ -129,11 +129,7 @@ class TeacherStage(TeacherSource):
             "seed": global_seed(),
             "batch_size": getattr(data, "batch_size", None),
             "augmentation": describe_augmentation(getattr(data, "augmentation", None)),
-            **{
-                name: str(flags[name])
-                for name in _NUMERICS
-                if name in flags
-            },
+            **{name: str(flags[name]) for name in _NUMERICS if name in flags},
         }
         # Objects without a text of their own show their address, which no other process shares.
         text = re.sub(r" at 0x[0-9a-f]+", "", json.dumps(description, sort_keys=True, default=str))
