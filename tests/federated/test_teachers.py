@@ -18,6 +18,7 @@ from torch import nn
 from fkd_med.communication import Update
 from fkd_med.errors import ConfigError, RunError, TrainingError
 from fkd_med.federated import Federation, TeacherStage
+from fkd_med.federated.teacher_key import teacher_key
 from fkd_med.modules import SegmentationModule, WarmupCosine
 
 FLAGS = {"accelerator": "cpu", "devices": 1}
@@ -172,7 +173,9 @@ def test_second_call_finds_the_teacher(fed, tmp_path, monkeypatch) -> None:
 
 def keys(fed: Any, folder: Path, data: Any = None, flags: Any = None, **options: Any) -> str:
     stage = fed.teacher_stage(folder, **options)
-    return stage._key("a", data or fed.Hospitals(), {**FLAGS, **(flags or {})})[0]
+    flags = {**FLAGS, **(flags or {})}
+    epochs = 1 if flags.get("limit_val_batches") else stage.epochs
+    return teacher_key(stage.module, epochs, "a", data or fed.Hospitals(), flags)[0]
 
 
 def test_key_is_the_same_for_the_same_teacher(fed, tmp_path, monkeypatch) -> None:
@@ -198,12 +201,13 @@ def test_key_is_stable_across_processes(fed, tmp_path) -> None:
 from types import SimpleNamespace
 import torch
 from fkd_med.federated import TeacherStage
+from fkd_med.federated.teacher_key import teacher_key
 from fkd_med.modules import SegmentationModule, WarmupCosine
 from fkd_med.networks import SlimUNet
 from fkd_med.data.augmentation import default_augmentation
 stage = TeacherStage(SegmentationModule(SlimUNet(), scheduler=WarmupCosine), store="x")
 data = SimpleNamespace(fingerprint=lambda c: "f", batch_size=4, augmentation=default_augmentation())
-print(stage._key("a", data, {})[0])
+print(teacher_key(stage.module, stage.epochs, "a", data, {})[0])
 """
     found = [
         subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()[-1]

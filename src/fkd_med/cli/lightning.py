@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 
+from fkd_med.checkpoints import LastCheckpoint
 from fkd_med.cli.configuration import fit_networks_to_data, stored_seed
 from fkd_med.cli.report import Report
-from fkd_med.checkpoints import LastCheckpoint
 from fkd_med.data import FederatedDataModule
 from fkd_med.errors import ConfigError, RunError
 from fkd_med.federated import FederatedTrainer, Federation
@@ -208,7 +208,10 @@ class FkdCLI(LightningCLI):
         initial = copy.deepcopy(model)
         for logger in trainer.loggers:
             logger.log_hyperparams(_plain(self.config_dump))
-        trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+        try:
+            trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+        except SystemExit as ended:  # how Lightning ends after Ctrl-C
+            raise KeyboardInterrupt from ended
         if fast:
             self.console.print("fast_dev_run: every part ran once; nothing was kept.")
         elif self.given.test_after_fit:

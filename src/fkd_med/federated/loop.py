@@ -232,6 +232,13 @@ class FederatedLoop(_FitLoop):
         left = trainer.reporter.time_left()
         trainer.reporter.line(text + (f" · {left} left" if round < int(self.max_epochs or 0) else ""))
 
+    def on_run_end(self) -> None:
+        """Say why a run ends before its last round; Lightning's own notices are muted."""
+        if self.trainer.should_stop and self.round <= int(self.max_epochs or 0):
+            closed = self.round - 1
+            self._federated_trainer.reporter.line(f"stopped after round {closed}: a callback or max_time asked for it")
+        super().on_run_end()
+
     # --- checkpoints ------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self) -> dict[str, Any]:

@@ -8,8 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from safetensors.torch import load, save
-from torch import Tensor, nn
+from safetensors.torch import save
+from torch import nn
 
 from fkd_med.checkpoints import LastCheckpoint, SafeCheckpointIO
 from fkd_med.errors import ConfigError, RunError
@@ -26,17 +25,14 @@ from fkd_med.federated.client_data import ClientData
 from fkd_med.federated.inner import inner_trainer, release
 from fkd_med.federated.progress import LossOnBar, Reporter
 from fkd_med.federated.quiet import quiet
+from fkd_med.federated.teacher_files import is_whole, read_teacher
+from fkd_med.federated.teacher_key import teacher_key
 from fkd_med.files import atomic_write_bytes, atomic_write_text
 from fkd_med.modules import SegmentationModule, TeacherSource
-from fkd_med.modules.segmentation import is_plain
 from fkd_med.ranks import is_first_rank
 from fkd_med.seeding import global_seed, seeded
 
 POOLED = "all-clients"
-_NUMERICS = (
-    "precision", "gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches", "limit_train_batches",
-    "limit_val_batches",
-)  # fmt: skip
 
 
 class TeacherStage(TeacherSource):
@@ -80,16 +76,17 @@ class TeacherStage(TeacherSource):
         """
         name = client or POOLED
         if name in self.checkpoints:
-            self._read(self.checkpoints[name], name)
+            read_teacher(self.checkpoints[name], name, self.module.network)
             self.files[name] = self.checkpoints[name]
             return self.files[name]
         flags = options.get("flags", {})
-        key, description = self._key(client, data, flags)
+        epochs = 1 if flags.get("limit_val_batches") else self.epochs  # fast_dev_run: see _train
+        key, description = teacher_key(self.module, epochs, client, data, flags)
         folder = self.store / f"{name}-{key[:16]}"
         path = folder / "teacher.safetensors"
         reporter = options.get("reporter") or Reporter(enabled=False)
         with self._locked(folder):
-            if _as_rank_zero_says(self._is_valid(path, key)):
+            if _as_rank_zero_says(is_whole(path, key)):
                 reporter.line(f"teacher of {name}: found in {folder}")
                 reporter.advance(self.epochs)
             else:
@@ -115,34 +112,8 @@ class TeacherStage(TeacherSource):
         """Return a client's teacher network; call `ensure` first."""
         name = client or POOLED
         network = copy.deepcopy(self.module.network)
-        network.load_state_dict(self._read(self.files[name], name))
+        network.load_state_dict(read_teacher(self.files[name], name, self.module.network))
         return network
-
-    # --- the key ----------------------------------------------------------------------------------------------
-
-    def _key(self, client: str | None, data: ClientData, flags: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-        """Return the key and, readable, what went into it."""
-        description = {
-            "images": data.fingerprint(client),
-            "module": describe(self.module),
-            "epochs": 1 if flags.get("limit_val_batches") else self.epochs,  # fast_dev_run: see _train
-            "seed": global_seed(),
-            "batch_size": getattr(data, "batch_size", None),
-            "augmentation": describe_augmentation(getattr(data, "augmentation", None)),
-            **{name: str(flags[name]) for name in _NUMERICS if name in flags},
-        }
-        # Objects without a text of their own show their address, which no other process shares.
-        text = re.sub(r" at 0x[0-9a-f]+", "", json.dumps(description, sort_keys=True, default=str))
-        return hashlib.sha256(text.encode()).hexdigest(), description
-
-    def _is_valid(self, path: Path, key: str) -> bool:
-        note = path.with_suffix(".json")
-        try:
-            stored = json.loads(note.read_text())
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            return bool(stored["key"] == key and stored["sha256"] == digest)
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
 
     # --- training ---------------------------------------------------------------------------------------------
 
@@ -181,7 +152,7 @@ class TeacherStage(TeacherSource):
         """Write weights, then the note that makes them valid; then drop the training checkpoints."""
         if not is_first_rank():
             return
-        state = self._read(Path(best), name) if best else module.network.state_dict()
+        state = read_teacher(Path(best), name, self.module.network) if best else module.network.state_dict()
         data = save({k: v.detach().cpu().contiguous().clone() for k, v in state.items()})
         atomic_write_bytes(folder / "teacher.safetensors", data)
         note = {
@@ -214,26 +185,6 @@ class TeacherStage(TeacherSource):
             fcntl.flock(handle, fcntl.LOCK_EX)
             handle.write(str(os.getpid()))
             yield
-
-    # --- reading ----------------------------------------------------------------------------------------------
-
-    def _read(self, path: Path, name: str) -> dict[str, Tensor]:
-        """Read a teacher's tensors and check that they fit the network."""
-        state = _network_state(read_tensors(path, name))
-        wanted = self.module.network.state_dict()
-        missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-        shapes = [k for k in sorted(wanted.keys() & state.keys()) if wanted[k].shape != state[k].shape]
-        if missing or extra or shapes:
-            first = (
-                f"tensor {shapes[0]} is {tuple(state[shapes[0]].shape)} there and {tuple(wanted[shapes[0]].shape)} here"
-                if shapes
-                else f"missing {', '.join(missing[:3]) or 'nothing'}, unknown {', '.join(extra[:3]) or 'nothing'}"
-            )
-            raise RunError(
-                f"The teacher of {name} in {path} does not fit {type(self.module.network).__name__}, the network of "
-                f"model.teacher.module: {first}. Configure the architecture it was trained with, or give another file."
-            )
-        return state
 
 
 class TeacherCurve(L.Callback):
@@ -276,38 +227,6 @@ class TeacherCurve(L.Callback):
         self.rows = list(state_dict["rows"])
 
 
-def describe(module: SegmentationModule) -> dict[str, Any]:
-    """Describe all that decides what a module's training gives, from the objects themselves."""
-    parameter = nn.Parameter(torch.zeros(1))
-    optimizer = module.optimizer([parameter])
-    described: dict[str, Any] = {
-        "configuration": _configuration(module),
-        "network": str(module.network),
-        "tensors": {k: [str(v.dtype), *v.shape] for k, v in module.network.state_dict().items()},
-        "loss": [[type(part).__name__, _plain_attributes(part)] for part in module.loss.modules()],
-        "optimizer": [type(optimizer).__name__, {k: str(v) for k, v in optimizer.defaults.items()}],
-    }
-    if module.scheduler is not None:
-        scheduler = module.scheduler(optimizer)
-        described["scheduler"] = [type(scheduler).__name__, _plain_attributes(scheduler), module.scheduler_interval]
-    return described
-
-
-def _configuration(module: SegmentationModule) -> Any:
-    """Return what the command line built a teacher from, which says more than the object: pretrained weights.
-
-    Lightning keeps with a module inside another one the configuration of the outer one.
-    """
-    outer = module.hparams.get("teacher")
-    arguments = outer.get("init_args") if isinstance(outer, Mapping) else None
-    return arguments.get("module") if isinstance(arguments, Mapping) else None
-
-
-def _plain_attributes(thing: Any) -> dict[str, str]:
-    """Return the public numbers and words of an object; anything else may show an address, different each time."""
-    return {k: str(v) for k, v in sorted(vars(thing).items()) if not k.startswith("_") and is_plain(v)}
-
-
 def _as_rank_zero_says(value: bool) -> bool:
     """Return the value of rank 0: another process may write a teacher between two ranks' looks at it."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -315,36 +234,3 @@ def _as_rank_zero_says(value: bool) -> bool:
         torch.distributed.broadcast_object_list(said, src=0)
         return said[0]
     return value
-
-
-def describe_augmentation(augmentation: Any) -> Any:
-    """Describe the transforms of an augmentation, or return None."""
-    if augmentation is None:
-        return None
-    stages = {k: v for k, v in vars(augmentation).items() if v is not None}
-    return {k: str(v.to_dict()) if hasattr(v, "to_dict") else str(v) for k, v in sorted(stages.items())}
-
-
-def read_tensors(path: Path, name: str) -> Mapping[str, Any]:
-    """Read tensors from a safetensors file or a torch file without executing anything in it."""
-    try:
-        if path.suffix == ".safetensors":
-            stored: Mapping[str, Any] = load(path.read_bytes())
-        else:
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-        tensors: Mapping[str, Any] = stored.get("state_dict", stored)
-        return tensors
-    except FileNotFoundError as error:
-        raise RunError(f"The teacher of {name}, {path}, does not exist: correct model.teacher.checkpoints.") from error
-    except Exception as error:  # a damaged or foreign file gives errors of many kinds
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RunError(
-            f"The teacher of {name} in {path} cannot be read as tensors ({first}): give a "
-            "Lightning checkpoint, a state dict or a safetensors file."
-        ) from error
-
-
-def _network_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Take the network's tensors out of a LightningModule's state dict."""
-    inside = {k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")}
-    return inside or dict(state)

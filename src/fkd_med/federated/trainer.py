@@ -58,7 +58,7 @@ class FederatedTrainer(L.Trainer):
         super().__init__(*args, **kwargs)
         # A trial run must not touch the run that may lie in its folder.
         self.run_dir = RunDir(f"{self.default_root_dir}.fast-dev-run" if self.fast_dev_run else self.default_root_dir)
-        self.reporter = Reporter(enabled=federation is not None)
+        self.reporter = Reporter()
         if federation is not None:
             self.fit_loop = FederatedLoop(self, federation)
 

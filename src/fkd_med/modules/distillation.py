@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -49,6 +50,9 @@ class DistillationModule(SegmentationModule):
         self.model_name = "student"
         self.losses = dict(losses) if losses is not None else {"logit_kl": LogitKL()}
         self.supervised_weight = supervised_weight
+        odd = [name for name in self.losses if not re.fullmatch(r"\w+", name, re.ASCII)]
+        if odd:
+            raise ConfigError(f"model.losses: {', '.join(odd)} names a term; use letters, digits and '_' only.")
         if supervised_weight == 0 and not self.active_losses:
             raise ConfigError("Every weight of the loss is 0: give model.supervised_weight or a term of model.losses.")
 
@@ -86,6 +90,7 @@ class DistillationModule(SegmentationModule):
             raise ConfigError("Distillation needs a teacher: give model.teacher, or use SegmentationModule.")
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         client = getattr(data, "client", None)
+        source.check_names([client] if client else [])
         source.ensure(client, data, **getattr(self.trainer, "teacher_options", dict)())
         self.attach_teacher(source.load(client))
 

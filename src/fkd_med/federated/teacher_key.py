@@ -1,0 +1,91 @@
+"""By what a teacher is found again: everything that decides its weights, and nothing else.
+
+The client's images, the module's whole configuration, the seed, the preprocessing, the precision and the network's
+tensors; never devices or paths.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fkd_med.modules import SegmentationModule
+from fkd_med.modules.segmentation import is_plain
+from fkd_med.seeding import global_seed
+
+_NUMERICS = (
+    "precision", "gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches", "limit_train_batches",
+    "limit_val_batches",
+)  # fmt: skip
+
+
+def teacher_key(
+    module: SegmentationModule, epochs: int, client: str | None, data: Any, flags: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """Return the key of a teacher and, readable, what went into it.
+
+    Args:
+        module: how the teacher is trained.
+        epochs: for how long.
+        client: whose images it sees; ``None`` is the pool of all clients.
+        data: the client data.
+        flags: hardware and numerics flags of the training; only the numerics count.
+    """
+    description = {
+        "images": data.fingerprint(client),
+        "module": describe(module),
+        "epochs": epochs,
+        "seed": global_seed(),
+        "batch_size": getattr(data, "batch_size", None),
+        "augmentation": describe_augmentation(getattr(data, "augmentation", None)),
+        **{name: str(flags[name]) for name in _NUMERICS if name in flags},
+    }
+    # Objects without a text of their own show their address, which no other process shares.
+    text = re.sub(r" at 0x[0-9a-f]+", "", json.dumps(description, sort_keys=True, default=str))
+    return hashlib.sha256(text.encode()).hexdigest(), description
+
+
+def describe(module: SegmentationModule) -> dict[str, Any]:
+    """Describe all that decides what a module's training gives, from the objects themselves."""
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = module.optimizer([parameter])
+    described: dict[str, Any] = {
+        "configuration": _configuration(module),
+        "network": str(module.network),
+        "tensors": {k: [str(v.dtype), *v.shape] for k, v in module.network.state_dict().items()},
+        "loss": [[type(part).__name__, _plain_attributes(part)] for part in module.loss.modules()],
+        "optimizer": [type(optimizer).__name__, {k: str(v) for k, v in optimizer.defaults.items()}],
+    }
+    if module.scheduler is not None:
+        scheduler = module.scheduler(optimizer)
+        described["scheduler"] = [type(scheduler).__name__, _plain_attributes(scheduler), module.scheduler_interval]
+    return described
+
+
+def _configuration(module: SegmentationModule) -> Any:
+    """Return what the command line built a teacher from, which says more than the object: pretrained weights.
+
+    Lightning keeps with a module inside another one the configuration of the outer one.
+    """
+    outer = module.hparams.get("teacher")
+    arguments = outer.get("init_args") if isinstance(outer, Mapping) else None
+    return arguments.get("module") if isinstance(arguments, Mapping) else None
+
+
+def _plain_attributes(thing: Any) -> dict[str, str]:
+    """Return the public numbers and words of an object; anything else may show an address, different each time."""
+    return {k: str(v) for k, v in sorted(vars(thing).items()) if not k.startswith("_") and is_plain(v)}
+
+
+def describe_augmentation(augmentation: Any) -> Any:
+    """Describe the transforms of an augmentation, or return None."""
+    if augmentation is None:
+        return None
+    stages = {k: v for k, v in vars(augmentation).items() if v is not None}
+    return {k: str(v.to_dict()) if hasattr(v, "to_dict") else str(v) for k, v in sorted(stages.items())}
