@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,18 @@ def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "home" / "config"))
 
 
-def records(path: Path) -> Iterator[Any]:
+def records(path: Path, patience: float = 30.0) -> list[Any]:
+    """Return the records of an offline run, once its last one is there: another process writes them."""
+    end = time.monotonic() + patience
+    while True:
+        found = list(read_records(path))
+        kinds = {record.WhichOneof("record_type") for record in found}
+        if "exit" in kinds or time.monotonic() > end:
+            return found
+        time.sleep(0.05)
+
+
+def read_records(path: Path) -> Iterator[Any]:
     """Yield the records of an offline run: a 7-byte header, then LevelDB-style log blocks of 32 KiB."""
     data, position, buffer = path.read_bytes(), 7, b""
     while position + 7 <= len(data):

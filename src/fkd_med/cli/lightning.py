@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,10 @@ class FkdCLI(LightningCLI):
         parser.add_subclass_arguments(Federation, "federation", required=False)
         parser.link_arguments("federation", "trainer.federation", apply_on="instantiate")
         parser.add_argument(
-            "--run_dir", type=str | None, default=None, help="Folder of the run; runs/<name of the config file>."
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="Folder of the run; runs/<name of the config file, with its folder>.",
         )
         parser.add_argument("--overwrite", action="store_true", help="Replace an earlier run in run_dir.")
         parser.add_argument("--test_after_fit", type=bool, default=True, help="Test the best weights at the end.")
@@ -93,7 +97,9 @@ class FkdCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse without Lightning's warning that `args` were given from Python."""
-        self.config = parser.parse_args(args)
+        with warnings.catch_warnings():  # tuples of albumentations become lists and tuples again: nothing is lost
+            warnings.filterwarnings("ignore", "(?s).*does not round-trip.*")
+            self.config = parser.parse_args(args)
         self._config_files = [str(path) for path in self.config[self.config.subcommand].get("config") or []]
 
     def _parse_ckpt_path(self) -> None:
@@ -111,8 +117,7 @@ class FkdCLI(LightningCLI):
         """Settle the run directory, the checkpoint asked for, the seed and the shapes of networks."""
         config = self.given
         if config.run_dir is None:
-            stem = Path(self._config_files[0]).stem if self._config_files else "fkd"
-            config.run_dir = str(Path("runs") / stem)
+            config.run_dir = str(Path("runs") / _run_name(self._config_files))
         self.run_dir = RunDir(config.run_dir)
         config.trainer.default_root_dir = config.run_dir
         if config.checkpoint.dirpath is None:
@@ -249,7 +254,9 @@ class FkdCLI(LightningCLI):
             model.arm = self.trainer.arm(getattr(datamodule, "client", None))
 
     def _write_configuration(self, datamodule: Any) -> None:
-        text = self.parser.dump(self.config, skip_none=False, skip_link_targets=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(?s).*does not round-trip.*")
+            text = self.parser.dump(self.config, skip_none=False, skip_link_targets=False)
         dumped = _indented_part(text, str(self.subcommand))
         atomic_write_text(self.run_dir.config, dumped)
         if isinstance(datamodule, FederatedDataModule):
@@ -260,6 +267,15 @@ def console() -> Console:
     """Return standard output, at least 100 columns wide where it is a file or a pipe."""
     terminal = Console(highlight=False)
     return terminal if terminal.is_terminal else Console(highlight=False, width=max(100, terminal.width))
+
+
+def _run_name(files: list[str]) -> str:
+    """Name a run after its first configuration: cvc_clinicdb/fkd_resunet.yaml gives cvc_clinicdb_fkd_resunet."""
+    if not files:
+        return "fkd"
+    path = Path(files[0]).resolve()
+    folder = path.parent.name
+    return path.stem if folder in ("", "configs") else f"{folder}_{path.stem}"
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -245,10 +245,11 @@ class Report:
 def best_checkpoint(trainer: L.Trainer) -> str | None:
     """Return the best checkpoint of a fit, or the last; None tests the weights as they are."""
     federation = getattr(trainer, "federation", None)
-    paths = [getattr(callback, "best_model_path", "") for callback in trainer.checkpoint_callbacks]
-    if federation is not None and federation.is_local:  # the last one holds every client's own best
-        paths.reverse()
-    path = paths[0] if paths else ""
+    local = federation is not None and federation.is_local  # then the last one holds every client's own best
+    folder = str(RunDir(trainer.default_root_dir).checkpoints.resolve())
+    ours = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath == folder]
+    chosen = [c for c in ours if isinstance(c, LastCheckpoint) == local] or trainer.checkpoint_callbacks
+    path = getattr(chosen[0], "best_model_path", "") if chosen else ""
     return path if path and Path(path).exists() else None
 
 

@@ -25,7 +25,7 @@ class Broadcast:
     """What the server sends to the clients of one round.
 
     Args:
-        round: the round it opens, from 0.
+        round: the round it opens, counted from 1.
         state: the global student, ``{name: CPU tensor}``.
         extras: further tensors by section (control variates, ...), as the configured rules declare them.
     """

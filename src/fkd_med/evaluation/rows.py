@@ -34,7 +34,7 @@ class ImageRow:
         model: Which network: ``"teacher"`` or ``"student"``.
         arm: How it was trained, such as ``"federated"`` or ``"local-only"``.
         split: ``"train"``, ``"val"`` or ``"test"``.
-        round: Round whose weights were scored; -1 outside a federation.
+        round: Round whose weights were scored, from 1; the epoch outside a federation, 0 for a teacher.
         client: Hospital the image belongs to.
         id: The image's id in the manifest.
         dice: Dice in [0, 1].

@@ -214,7 +214,7 @@ class TeacherCurve(L.Callback):
         if epoch == self.epochs:
             left = self.reporter.time_left()
             self.reporter.line(
-                f"teacher of {self.name}: {epoch} epochs, best validation Dice {self.best:.3f}"
+                f"teacher of {self.name}: {epoch} epoch{'s' * (epoch > 1)}, best validation Dice {self.best:.3f}"
                 + (f", {left} left for teachers" if left not in ("", "0:00") else "")
             )
 
