@@ -102,13 +102,16 @@ def test_overwrite_starts_afresh_and_finds_its_teachers(
     assert (run / "mine.txt").read_text() == "a note"
 
 
-def test_validate_and_test_score_the_runs_checkpoints(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = summarize(ImageTable.read(tiny_run / "images.csv").of("test", "student", "federated"))
-    assert main(["test", "--config", str(tiny_run / "config.yaml"), "--ckpt_path", str(tiny_run / "student.ckpt")]) == 0
-    after = ImageTable.read(tiny_run / "images.csv")
-    assert summarize(after.of("test", "student", "federated")) == before
+def test_validate_and_test_score_the_runs_checkpoints(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    before = summarize(ImageTable.read(run / "images.csv").of("test", "student", "federated"))
+    assert command(tiny_run, "test", run, f"--ckpt_path={run / 'student.ckpt'}") == 0
+    assert summarize(ImageTable.read(run / "images.csv").of("test", "student", "federated")) == before
     assert "federated student" in capsys.readouterr().out
-    assert main(["validate", "--config", str(tiny_run / "config.yaml")]) == 0
+    assert command(tiny_run, "validate", run) == 0
     assert "Validation" in capsys.readouterr().out
 
 
