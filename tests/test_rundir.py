@@ -180,7 +180,7 @@ def test_a_run_that_fails_after_it_began_stays(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "a")
     with pytest.raises(ZeroDivisionError), run.lock():
         run.create()
-        run.ledger.write_text("round")
+        (run.checkpoints / "last.ckpt").write_text("round 1")
         _ = 1 / 0
     assert run.exists()
 

@@ -26,8 +26,7 @@ _LOCK = ".fkd-lock"
 _FOLDERS = ("journal", "checkpoints", "clients", "pictures")
 # Removed by --overwrite, in this order: once the first are gone, nobody can resume what is left of the old run.
 _OURS = ("checkpoints", "journal", "student.ckpt", "clients", "ledger.csv", "images.csv", "metrics.csv", "pictures",
-         "report.md", "manifest.csv", "config.yaml")  # fmt: skip
-_PRELIMINARY = {"config.yaml", "manifest.csv", "metrics.csv"}  # written before the first checkpoint; made again
+         "report.md", "manifest.csv", "config.yaml", "wandb-id.txt")  # fmt: skip
 _BASELINE = "local"  # the run inside a run in which every client trains alone
 
 
@@ -91,6 +90,11 @@ class RunDir:
     def pictures(self) -> Path:
         """Folder of pictures."""
         return self.path / "pictures"
+
+    @property
+    def wandb_id(self) -> Path:
+        """The id of the Weights & Biases run that a resume goes on with."""
+        return self.path / "wandb-id.txt"
 
     @property
     def student(self) -> Path:
@@ -162,14 +166,15 @@ class RunDir:
                 yield
 
     def _is_empty(self) -> bool:
-        """Whether nothing is here that a new run would destroy: a run that ended before its first checkpoint."""
-        for folder, folders, files in os.walk(self.path):
-            top = Path(folder) == self.path
-            if top:
-                folders[:] = [name for name in folders if name != "wandb"]
-            if _foreign(files) - {_MARKER} - (_PRELIMINARY if top else set()):
-                return False
-        return True
+        """Whether nothing is here that could be resumed or read: a run that ended before its first checkpoint."""
+        if self.student.exists() or (self.path / "report.md").exists() or any(self.checkpoints.glob("*.ckpt")):
+            return False
+        ours = {*_OURS, _MARKER, _BASELINE, "wandb"}
+        return not (self.path.is_dir() and _foreign(os.listdir(self.path)) - ours)
+
+    def _is_bare(self) -> bool:
+        """Whether nothing is here but our marker, lock and empty folders."""
+        return not any(_foreign(files) - {_MARKER} for _, _, files in os.walk(self.path))
 
     def _refuse_strangers(self) -> None:
         """Refuse a file, and a folder with things in it that no run of ours made."""
@@ -212,7 +217,7 @@ class RunDir:
             yield
         except BaseException:
             with suppress(OSError):
-                if not marked and self._is_empty():
+                if not marked and self._is_bare():
                     (self.path / _MARKER).unlink(missing_ok=True)
                     for name in _FOLDERS:
                         _remove_empty(self.path / name)

@@ -98,7 +98,7 @@ def test_overwrite_starts_afresh_and_finds_its_teachers(
     assert command(tiny_run, "fit", run, "--overwrite", *options) == 0
     out = capsys.readouterr().out
     assert out.count("found in") == 2
-    assert not (run / "local" / "images.csv").exists() and not (run / "student.ckpt").exists()
+    assert not (run / "local" / "images.csv").exists() and not (run / "report.md").exists()
     assert (run / "mine.txt").read_text() == "a note"
 
 

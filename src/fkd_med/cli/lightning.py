@@ -16,7 +16,7 @@ from rich.console import Console
 
 from fkd_med.checkpoints import LastCheckpoint
 from fkd_med.cli.configuration import fit_networks_to_data, stored_seed
-from fkd_med.cli.report import Report
+from fkd_med.cli.report import Report, recorded_best
 from fkd_med.data import FederatedDataModule
 from fkd_med.errors import ConfigError, RunError
 from fkd_med.federated import FederatedTrainer, Federation
@@ -118,18 +118,25 @@ class FkdCLI(LightningCLI):
         config = self.given
         if config.run_dir is None:
             config.run_dir = str(Path("runs") / _run_name(self._config_files))
+        config.run_dir = str(Path(config.run_dir).expanduser())
         self.run_dir = RunDir(config.run_dir)
         config.trainer.default_root_dir = config.run_dir
+        self.derived: set[tuple[str, ...]] = {
+            ("trainer", "default_root_dir")
+        }  # follow from run_dir; a saved configuration leaves them open
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(self.run_dir.checkpoints)
+            self.derived.add(("checkpoint", "dirpath"))
         self.trainer_defaults = {"callbacks": [LastCheckpoint(config.checkpoint.dirpath)]}
+        self.asked_for = config.get("ckpt_path")
         if self.subcommand != "teachers":
             config.ckpt_path = self._checkpoint(config.get("ckpt_path"))
         self.resumes = self.subcommand == "fit" and config.get("ckpt_path") is not None
         if self.subcommand == "fit" and not config.trainer.fast_dev_run and is_first_rank():
             self.run_dir.check(config.overwrite, self.resumes)
-        if self.resumes:
+        if self.resumes or self.subcommand in ("validate", "test"):
             self._take_stored_seed()
+            self._take_stored_manifest()
         fit_networks_to_data(config)
 
     def _checkpoint(self, asked: str | None) -> str | None:
@@ -147,12 +154,24 @@ class FkdCLI(LightningCLI):
             return asked
         pattern = "last*.ckpt" if asked == "last" else "best*.ckpt"
         found = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
+        best = recorded_best(folder) if asked == "best" else None
+        if best is not None:
+            found = [best]
         if not found:
             raise RunError(
                 f"There is no {asked} checkpoint in {folder}. Start the run without --ckpt_path, or give the "
                 "run_dir of the run that is meant."
             )
         return str(found[-1])
+
+    def _take_stored_manifest(self) -> None:
+        """Deal the images as the run did, whatever lies in the data folder by now."""
+        data = self.given.get("data")
+        arguments = data.get("init_args") if data is not None else None
+        if arguments is None or arguments.get("manifest", "") is not None or not self.run_dir.manifest.is_file():
+            return
+        arguments.manifest = str(self.run_dir.manifest)
+        self.derived.add(("data", "init_args", "manifest"))
 
     def _is_local(self) -> bool:
         federation = self.given.get("federation")
@@ -182,7 +201,8 @@ class FkdCLI(LightningCLI):
         config["logger"] = self._loggers(config.get("logger"))
         callbacks = config.get("callbacks") or []
         config["callbacks"] = [*(callbacks if isinstance(callbacks, list) else [callbacks])]
-        if self.subcommand == "fit" or self.run_dir.exists():
+        # Only the run's own choice of weights goes into its images.csv; others are shown, not kept.
+        if self.subcommand == "fit" or (self.run_dir.exists() and self.asked_for is None):
             config["callbacks"].append(ImageRecorder(self.run_dir.images))
         trainer = super().instantiate_trainer(**kwargs)
         assert isinstance(trainer, FederatedTrainer)
@@ -194,7 +214,8 @@ class FkdCLI(LightningCLI):
         loggers = [logger for logger in _as_list(configured) if not isinstance(logger, bool)]
         for logger in loggers:
             if isinstance(logger, WandbLogger):
-                logger.place(str(self.run_dir.path), self.run_dir.path.name)
+                stored = self.run_dir.wandb_id.read_text() if self.resumes and self.run_dir.wandb_id.is_file() else None
+                logger.place(str(self.run_dir.path), self.run_dir.path.name, stored)
                 self.stack.callback(logger.close, self.console)
         return [MetricsCSV(self.run_dir.metrics), *loggers]
 
@@ -215,12 +236,13 @@ class FkdCLI(LightningCLI):
             logger.log_hyperparams(_plain(self.config_dump))
         try:
             trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+            if not fast:
+                report = Report(trainer, model, datamodule, self.run_dir, self.console)
+                report.write(initial) if self.given.test_after_fit else report.write_student()
         except SystemExit as ended:  # how Lightning ends after Ctrl-C
             raise KeyboardInterrupt from ended
         if fast:
             self.console.print("fast_dev_run: every part ran once; nothing was kept.")
-        elif self.given.test_after_fit:
-            Report(trainer, model, datamodule, self.run_dir, self.console).write(initial)
 
     def validate(self, model: L.LightningModule, datamodule: Any, ckpt_path: str | None = None, **kwargs: Any) -> None:
         """Score a checkpoint on validation images and print the table."""
@@ -257,10 +279,13 @@ class FkdCLI(LightningCLI):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "(?s).*does not round-trip.*")
             text = self.parser.dump(self.config, skip_none=False, skip_link_targets=False)
-        dumped = _indented_part(text, str(self.subcommand))
+        dumped = _configuration_of(text, str(self.subcommand), self.derived)
         atomic_write_text(self.run_dir.config, dumped)
-        if isinstance(datamodule, FederatedDataModule):
+        if isinstance(datamodule, FederatedDataModule) and not self.resumes:
             datamodule.manifest.write(self.run_dir.manifest)
+        for logger in self.trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                atomic_write_text(self.run_dir.wandb_id, logger.run_id)
 
 
 def console() -> Console:
@@ -290,12 +315,17 @@ def _plain(config: Any) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name != "config"}
 
 
-def _indented_part(text: str, command: str) -> str:
-    """Return the configuration of one command, as a file that --config takes."""
+def _configuration_of(text: str, command: str, derived: set[tuple[str, ...]]) -> str:
+    """Return the configuration of one command, as a file that --config takes; `derived` keys are left open."""
     import yaml
 
     whole = yaml.safe_load(text)
     part = dict(whole.get(command, whole))
     for name in ("config", "ckpt_path", "overwrite"):
         part.pop(name, None)
+    for *path, last in derived:
+        inner = part
+        for name in path:
+            inner = inner[name]
+        inner[last] = None
     return yaml.safe_dump(part, sort_keys=False, allow_unicode=True)

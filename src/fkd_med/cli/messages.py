@@ -53,7 +53,8 @@ def explained(arguments: list[str], debug: bool) -> Iterator[Outcome]:
         outcome.code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except KeyboardInterrupt:
         outcome.code = 130
-        print("\nInterrupted. Continue with the same command and `--ckpt_path last`.", file=sys.stderr)
+        advice = " Run the same command again: with `--ckpt_path last` once a round (or epoch) was closed."
+        print("\nInterrupted." + (advice if arguments[0] == "fit" else ""), file=sys.stderr)
     except Exception as error:
         outcome.code = 1
         cause = user_error(error)

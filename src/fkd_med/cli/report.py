@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor, nn
 
-from fkd_med.checkpoints import LastCheckpoint, write_checkpoint
+from fkd_med.checkpoints import LastCheckpoint, read_checkpoint, write_checkpoint
 from fkd_med.communication import Ledger, counterfactual_bytes
 from fkd_med.data.geometry import undo
 from fkd_med.evaluation import (
@@ -40,7 +40,7 @@ from fkd_med.networks import ResUNet, TransUNet, count_parameters, forward_padde
 from fkd_med.rundir import RunDir
 from fkd_med.tracking import ImageRecorder, MetricsCSV
 
-Predictor = Callable[[Tensor, str], Tensor]  # image (C, S, S) and client -> logits (K, S, S)
+Predictor = Callable[[Tensor, str], Tensor | None]  # image (C, S, S), client -> logits (K, S, S) if it has a model
 
 
 class Report:
@@ -69,13 +69,18 @@ class Report:
             with quiet():
                 trainer.test(model, datamodule=self.data, ckpt_path=best_checkpoint(trainer))
             return
+        model.evaluated = []  # without a test image, the rows of the last validation would stay
         with quiet():
             trainer.test(model, datamodule=self.data, ckpt_path=best_checkpoint(trainer), verbose=False)
         own = group_arms(model.evaluated)
         if trainer.is_global_zero:
             self._export(model)
+        if not own:
+            self.console.print("There are no test images, so nothing was scored and no table made.")
+            return
         if isinstance(model, DistillationModule) and model.active_losses:
-            arms["teacher"] = self._test_teachers(model)
+            teachers = self._test_teachers(model)
+            arms |= {"teacher": teachers} if teachers else {}
         federation = trainer.federation
         if federation is not None and federation.local_baseline and not federation.is_local:
             arms |= self._local_baseline(initial)
@@ -87,6 +92,22 @@ class Report:
         self._print(arms)
         self._write_pictures(arms[student], int(self.data.export_info()["classes"]))
         self.console.print(f"Run directory: {self.run_dir.path}", highlight=False, soft_wrap=True)
+
+    def write_student(self) -> None:
+        """Write student.ckpt of the best weights and nothing else."""
+        path = best_checkpoint(self.trainer)
+        if path is not None:
+            checkpoint = read_checkpoint(path)
+            self.model.load_state_dict(checkpoint["state_dict"])
+            self.model.on_load_checkpoint(checkpoint)
+        if isinstance(self.model, SegmentationModule) and self.trainer.is_global_zero:
+            self._export(self.model)
+            self.console.print(
+                "test_after_fit is false: student.ckpt is written, nothing was tested, no baseline trained.\n"
+                f"Run directory: {self.run_dir.path}",
+                highlight=False,
+                soft_wrap=True,
+            )
 
     def show_table(self, model: L.LightningModule) -> None:
         """Print the table of the evaluation that has just run."""
@@ -110,7 +131,7 @@ class Report:
             with quiet():
                 inner_trainer(self.trainer.inner_flags, limit_test_batches=limit).test(module, loaders, verbose=False)
             rows += module.evaluated
-        self.predictors["teacher"] = _teacher_predictor(model)
+        self.predictors["teacher"] = _teacher_predictor(model, self.data.client_names())
         if self.trainer.is_global_zero:
             ImageTable.append(self.run_dir.images, rows)
         return rows
@@ -123,11 +144,12 @@ class Report:
             run.create(overwrite=not resume, resume=resume)
             config = yaml.safe_load(self.run_dir.config.read_text())
             config["federation"]["init_args"] |= {"aggregator": None, "local_baseline": False}
-            config["run_dir"] = config["trainer"]["default_root_dir"] = str(run.path)
-            config["checkpoint"]["dirpath"] = str(run.checkpoints)
+            config["run_dir"] = str(run.path)
+            config["checkpoint"]["dirpath"] = None
             atomic_write_text(run.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         self.trainer.reporter.line("the same students, each hospital alone:")
         trainer = self._local_trainer(run)
+        trainer.fit_loop.max_epochs = self.trainer.global_step  # the budget of the run, also if it stopped early
         module = initial
         assert isinstance(module, SegmentationModule)
         module.arm = "local-only"
@@ -143,7 +165,7 @@ class Report:
         federation = copy.copy(self.trainer.federation)
         assert federation is not None
         federation.aggregator, federation.local_baseline = None, False
-        kept = ("limit_val_batches", "limit_test_batches", "check_val_every_n_epoch", "max_time")
+        kept = ("limit_val_batches", "limit_test_batches", "check_val_every_n_epoch")
         flags = {name: self.trainer.flags[name] for name in kept if self.trainer.flags.get(name) is not None}
         best = ModelCheckpoint(dirpath=run.checkpoints, filename="best-{step}", monitor="val/dice", mode="max")
         with quiet():
@@ -237,8 +259,9 @@ class Report:
         masks: dict[str, NDArray[Any]] = {}
         for label, predict in self.predictors.items():
             with torch.no_grad():
-                logits = restore(predict(item["image"], client).float().cpu())
-            masks[label] = predict_classes(logits[None])[0].numpy()
+                logits = predict(item["image"], client)
+            if logits is not None:
+                masks[label] = predict_classes(restore(logits.float().cpu())[None])[0].numpy()
         return Sample(client, name, rank, image, item["original"].numpy(), masks)
 
 
@@ -250,7 +273,22 @@ def best_checkpoint(trainer: L.Trainer) -> str | None:
     ours = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath == folder]
     chosen = [c for c in ours if isinstance(c, LastCheckpoint) == local] or trainer.checkpoint_callbacks
     path = getattr(chosen[0], "best_model_path", "") if chosen else ""
+    if path and not Path(path).exists():  # the run directory was moved since
+        path = str(Path(folder) / Path(path).name)
     return path if path and Path(path).exists() else None
+
+
+def recorded_best(folder: Path) -> Path | None:
+    """Return the checkpoint that the run itself holds for its best, as last.ckpt says."""
+    last = folder / "last.ckpt"
+    if not last.is_file():
+        return None
+    for key, state in read_checkpoint(last).get("callbacks", {}).items():
+        if str(key).startswith("ModelCheckpoint") and isinstance(state, dict):
+            path = folder / Path(str(state.get("best_model_path", ""))).name
+            if path.is_file():
+                return path
+    return None
 
 
 def _restorer(size: Any, mode: str) -> Callable[[Tensor], Tensor]:
@@ -271,15 +309,17 @@ def _predictor(module: SegmentationModule) -> Predictor:
     return predict
 
 
-def _teacher_predictor(module: DistillationModule) -> Predictor:
+def _teacher_predictor(module: DistillationModule, clients: list[str]) -> Predictor:
     """Return what each client's teacher answers."""
     loaded: dict[str, nn.Module] = {}
 
-    def predict(image: Tensor, client: str) -> Tensor:
+    def predict(image: Tensor, client: str) -> Tensor | None:
         if client not in loaded:
             loaded.clear()  # one teacher at a time in memory
             source = module.teacher_source
             assert source is not None
+            if module.trainer.federation is not None and client not in clients:  # type: ignore[attr-defined]
+                return None
             name = client if module.trainer.federation is not None else module.trainer.datamodule.client  # type: ignore[attr-defined]
             loaded[client] = source.load(name).eval()
         return forward_padded(loaded[client], image[None])[0]

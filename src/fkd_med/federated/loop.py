@@ -226,7 +226,7 @@ class FederatedLoop(_FitLoop):
         dice = {c: float(shown[f"{c}/val_dice"]) for c in self.clients if f"{c}/val_dice" in shown}
         losses = [v for k, v in self.metrics.items() if k.endswith("/train/loss")]
         text = f"round {round}/{self.max_epochs} · loss {sum(losses) / max(1, len(losses)):.3f}"
-        if dice:
+        if dice and self.epoch_loop._should_check_val_epoch():  # else they are of an earlier round
             each = ", ".join(f"{client} {value:.3f}" for client, value in dice.items())
             text += f" · Dice {float(shown['val/dice']):.3f} ({each})"
         left = trainer.reporter.time_left()

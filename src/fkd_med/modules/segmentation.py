@@ -168,7 +168,7 @@ class SegmentationModule(LightningModule):
 
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Evaluate with the tensors of the client the batch belongs to."""
-        self.personal.enter(batch["client"][0])
+        self.personal.enter(batch["client"][0], best=self.trainer.state.fn == "validate")
 
     def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Evaluate with the tensors of the client the batch belongs to."""
@@ -232,6 +232,8 @@ class SegmentationModule(LightningModule):
     def _finish(self, split: str) -> None:
         self.personal.leave()
         self.evaluated, losses = self._gather(self._rows, self._losses)
+        if own := self.personal.by_client:  # alone, a client without a student of its own has no scores
+            self.evaluated = [row for row in self.evaluated if row.client in own]
         self._rows, self._losses = [], []
         if not self.evaluated:
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import netrc
 import os
+import secrets
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlparse
@@ -58,8 +59,15 @@ class WandbLogger(LightningWandbLogger):
         self._own_save_dir = save_dir is not None
         self._on_teacher_axis: set[str] = set()
 
-    def place(self, run_dir: str, name: str) -> None:
-        """Put the files of a run that was not told where into its run directory."""
+    @property
+    def run_id(self) -> str:
+        """The run's id in Weights & Biases."""
+        return str(self._wandb_init["id"])
+
+    def place(self, run_dir: str, name: str, run_id: str | None = None) -> None:
+        """Put the files of a run that was not told where into its run directory; `run_id` goes on with that run."""
+        if self._wandb_init.get("id") is None:
+            self._id = self._wandb_init["id"] = run_id or secrets.token_hex(4)
         if not self._own_save_dir:
             self._save_dir = run_dir
             self._wandb_init["dir"] = run_dir
