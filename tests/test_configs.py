@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from building import BASE, CONFIGS, Built, build
 from fkd_med.cli import main
+from fkd_med.losses import DistillationTerm
 from fkd_med.modules import DistillationModule
 from fkd_med.networks import PARAMETER_BOUND, count_parameters, forward_padded
 
@@ -36,6 +37,7 @@ WHOLE = [name(path) for path in FILES if {"data", "model"} <= content(path).keys
 DATA = [name(path) for path in FILES if content(path).get("class_path", "").startswith("fkd_med.data.")]
 NETWORKS = [name(path) for path in FILES if "class_path" in content(path) and name(path) not in DATA]
 OVERLAYS = [name(path) for path in FILES if name(path) not in {*WHOLE, *DATA, *NETWORKS}]
+LOSSES = [file for file in OVERLAYS if file.startswith("distillation/")]
 
 
 @pytest.fixture(autouse=True)
@@ -49,13 +51,17 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     os.environ.update(before)
 
 
+def terms(file: str) -> dict[str, Any]:
+    return content(CONFIGS / file)["model"]["init_args"]["losses"]
+
+
 def logits(network: torch.nn.Module, data: Any) -> tuple[int, ...]:
     images = torch.empty(2, data.preprocessing.in_channels, *[data.preprocessing.image_size] * 2, device="meta")
     return tuple(forward_padded(network.to("meta"), images).shape)
 
 
 def test_every_kind_is_there() -> None:
-    assert WHOLE and DATA and NETWORKS and OVERLAYS
+    assert WHOLE and DATA and NETWORKS and OVERLAYS and LOSSES
     for task in ("cvc_clinicdb", "chest_xray"):
         arms = {"teacher_resunet", "teacher_transunet", "fkd_resunet", "fkd_transunet", "distill_central"}
         arms |= {"fedavg_student", "local_student"}
@@ -98,6 +104,25 @@ def test_backbone_is_student_or_teacher(file: str) -> None:
     for network in (built.model.network, built.model.teacher_source.module.network):
         assert type(network).__name__ == expected
         assert logits(network, built.datamodule) == (2, 1, 64, 64)
+
+
+@pytest.mark.parametrize("file", LOSSES)
+@pytest.mark.parametrize("base", ["cvc_clinicdb/distill_central.yaml", "folder/fkd_resunet.yaml"])
+def test_losses_are_the_terms_of_their_file(file: str, base: str) -> None:
+    """They replace those of the configuration, whether it names some or not; single values still follow."""
+    built = build(base, file, arguments=("--model.losses.logit_kl.weight", "0.5"))
+    wanted = terms(file)
+    wanted["logit_kl"]["init_args"]["weight"] = 0.5
+    assert set(built.model.losses) == set(wanted)
+    for term, spec in wanted.items():
+        found = built.model.losses[term]
+        assert type(found).__name__ == spec["class_path"].rpartition(".")[2]
+        assert {key: getattr(found, key) for key in spec["init_args"]} == spec["init_args"]
+
+
+def test_every_distillation_term_has_a_file() -> None:
+    shipped = {spec["class_path"] for file in LOSSES for spec in terms(file).values()}
+    assert shipped == {f"fkd_med.losses.{term.__name__}" for term in DistillationTerm.__subclasses__()}
 
 
 @cache

@@ -142,7 +142,8 @@ def test_term_returns_the_raw_loss_and_carries_its_weight() -> None:
     student, teacher = pair(2)
     term = LogitKL(temperature=3.0, weight=0.25, reduction="mean")
     assert term.weight == 0.25
-    torch.testing.assert_close(term(student, teacher), logit_kl(student, teacher, 3.0, "mean"))
+    mask = torch.zeros(2, 4, 5, dtype=torch.int64)
+    torch.testing.assert_close(term(student, teacher, mask), logit_kl(student, teacher, 3.0, "mean"))
 
 
 @pytest.mark.parametrize("weight", [-1.0, math.nan])

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from fkd_med.data.datasets import collate
 from fkd_med.errors import ConfigError, TrainingError
-from fkd_med.losses import DiceCE, LogitKL
+from fkd_med.losses import BoundaryKL, DiceCE, LogitKL, boundary_kl, logit_kl
 from fkd_med.modules import DistillationModule, SegmentationModule, TeacherSource, WarmupCosine, predict_classes
 from fkd_med.modules.personal import PersonalTensors, merge
 from fkd_med.modules.schedule import advance
@@ -347,6 +347,20 @@ def test_pure_distillation_pulls_the_student_to_its_teacher() -> None:
     gap = (first.train()(images) - teacher.eval()(images)).abs().mean()
     assert gap < 0.5 * (network()(images) - teacher(images)).abs().mean()
     assert "train/kd_raw" in trainer.callback_metrics and "train/supervised" not in trainer.callback_metrics
+
+
+def test_terms_get_logits_and_mask_and_are_weighted() -> None:
+    torch.manual_seed(0)
+    terms = {"kd": LogitKL(weight=0.5), "near": BoundaryKL(weight=2.0), "off": BoundaryKL(weight=0.0)}
+    module = DistillationModule(network(), losses=terms)
+    module.attach_teacher(network(4))
+    module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    batch = next(iter(loader()))
+    logits, taught = module.eval()(batch["image"]), module.teacher(batch["image"])
+    found = module.loss_terms(batch)
+    assert set(found) == {"supervised", "kd", "near"}
+    torch.testing.assert_close(found["kd"], 0.5 * logit_kl(logits, taught, 2.0))
+    torch.testing.assert_close(found["near"], 2 * boundary_kl(logits, taught, batch["mask"], 3, 2.0))
 
 
 def test_default_loss_is_dice_and_cross_entropy() -> None:

@@ -1,6 +1,36 @@
 """Losses of tensors: segmentation (what the masks say) and distillation (what the teacher says)."""
 
-from fkd_med.losses.distillation import DistillationTerm, LogitKL, logit_kl
+from fkd_med.losses.attention_transfer import AttentionTransfer, attention_transfer
+from fkd_med.losses.boundary_kl import BoundaryKL, boundary_kl
+from fkd_med.losses.cwd import CWD, cwd
+from fkd_med.losses.dist_intra import DISTIntra, dist_intra
+from fkd_med.losses.distillation import DistillationTerm
+from fkd_med.losses.hint_mse import hint_mse
+from fkd_med.losses.ifvd import IFVD, ifvd
+from fkd_med.losses.logit_kl import LogitKL, logit_kl
+from fkd_med.losses.pairwise_affinity import PairwiseAffinity, pairwise_affinity
+from fkd_med.losses.region_affinity import RegionAffinity, region_affinity
 from fkd_med.losses.segmentation import DiceCE, supervised_loss
 
-__all__ = ["DiceCE", "DistillationTerm", "LogitKL", "logit_kl", "supervised_loss"]
+__all__ = [
+    "CWD",
+    "IFVD",
+    "AttentionTransfer",
+    "BoundaryKL",
+    "DISTIntra",
+    "DiceCE",
+    "DistillationTerm",
+    "LogitKL",
+    "PairwiseAffinity",
+    "RegionAffinity",
+    "attention_transfer",
+    "boundary_kl",
+    "cwd",
+    "dist_intra",
+    "hint_mse",
+    "ifvd",
+    "logit_kl",
+    "pairwise_affinity",
+    "region_affinity",
+    "supervised_loss",
+]

@@ -108,7 +108,7 @@ class DistillationModule(SegmentationModule):
         if active := self.active_losses:
             taught = self.teach(batch, logits)
             for name, term in active.items():
-                raw = term(logits, taught)
+                raw = term(logits, taught, batch["mask"])
                 self.log(f"train/{name}_raw", raw.detach(), batch_size=len(logits), on_epoch=True)
                 terms[name] = term.weight * raw
         return terms
