@@ -19,6 +19,7 @@ _LOGGERS = (
 # What Lightning says of any inner Trainer, true and expected here.
 _EXPECTED = (
     ".*does not have many workers.*",
+    "(?s).*does not round-trip.*",  # tuples of albumentations, on their way through a configuration
     ".*You defined a `validation_step` but have no `val_dataloader`.*",
     ".*smaller than the logging interval.*",
     ".*GPU available but not used.*",

@@ -138,7 +138,8 @@ class FederatedTrainer(L.Trainer):
         source = module.teacher_source
         assert source is not None
         source.check_names([client for client in clients if client])
-        self.reporter.begin("teachers", len(clients) * getattr(source, "epochs", 1))
+        epochs = 1 if self.fast_dev_run else getattr(source, "epochs", 1)
+        self.reporter.begin("teachers", len(clients) * epochs)
         for client in clients:
             source.ensure(client, data, **self.teacher_options())
         self.reporter.end()
