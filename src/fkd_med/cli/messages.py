@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import re
 import sys
 import traceback
@@ -72,7 +71,6 @@ def explained(arguments: list[str], debug: bool) -> Iterator[Outcome]:
 def _print(message: str, debug: bool) -> None:
     if debug:
         traceback.print_exc()
-    logging.getLogger(__name__).debug(message)
     print(f"fkd: error: {message}", file=sys.stderr)
 
 

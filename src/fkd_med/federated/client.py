@@ -18,7 +18,7 @@ from fkd_med.errors import ConfigError
 from fkd_med.federated.client_data import ClientData
 from fkd_med.federated.client_state import ClientState, ClientStates
 from fkd_med.federated.federation import Federation
-from fkd_med.federated.inner import inner_trainer, release
+from fkd_med.federated.inner import inner_trainer, is_trial, release
 from fkd_med.federated.progress import LossOnBar, Reporter
 from fkd_med.federated.quiet import quiet
 from fkd_med.modules.personal import merge
@@ -143,7 +143,7 @@ class ClientWorker:
 
     def _trainer(self, client: str, round: int, callbacks: list[L.Callback]) -> L.Trainer:
         length = {"max_epochs": self.federation.local_epochs}
-        if "limit_val_batches" in self.flags:  # set by fast_dev_run only, which is one batch
+        if is_trial(self.flags):
             length = {"max_epochs": 1}
         elif self.federation.local_steps is not None:
             length = {"max_epochs": -1, "max_steps": self.federation.local_steps}

@@ -82,11 +82,10 @@ class Exchange:
         """Return the updates of a round, for the aggregator."""
         return StoredUpdates(files, self.allowed.check)
 
-    def close_round(self, round: int) -> None:
-        """Write the ledger and forget the updates of the round and of those before it."""
+    def forget(self, round: int) -> None:
+        """Delete the updates of a closed round and of those before it."""
         if not self.writes:
             return
-        self.ledger.flush()
         for folder in self.journal.glob("round-*"):
             if folder.name <= f"round-{round:05d}":
                 for path in folder.iterdir():

@@ -28,6 +28,13 @@ INNER_FLAGS = (
 )
 
 
+def as_list(value: Any) -> list[Any]:
+    """Return a Trainer's argument that may be one thing, several or none as a list."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
 def inner_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Copy the flags an inner Trainer takes over; before the run's Trainer has used them, since it changes some."""
     kept = {name: flags[name] for name in INNER_FLAGS if flags.get(name) is not None}
@@ -36,6 +43,11 @@ def inner_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
         kept["limit_train_batches"] = int(fast)
         kept["limit_val_batches"] = int(fast)
     return copy.deepcopy(kept)
+
+
+def is_trial(flags: Mapping[str, Any]) -> bool:
+    """Tell whether inner flags are those of a trial run: only ``fast_dev_run`` limits the validation of a teacher."""
+    return "limit_val_batches" in flags
 
 
 def inner_trainer(flags: Mapping[str, Any], **options: Any) -> L.Trainer:

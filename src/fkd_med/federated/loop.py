@@ -17,7 +17,7 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities import CombinedLoader
 
 from fkd_med.communication import Broadcast, Ledger, State
-from fkd_med.errors import ConfigError, FkdError, RunError, TrainingError
+from fkd_med.errors import ConfigError, RunError, TrainingError
 from fkd_med.federated.client import ClientWorker
 from fkd_med.federated.client_data import ClientData, client_data
 from fkd_med.federated.client_state import ClientStates
@@ -162,8 +162,6 @@ class FederatedLoop(_FitLoop):
         call._call_callback_hooks(trainer, "on_train_batch_start", client, index)
         try:
             update = self._clients_worker.fit(client, broadcast)
-        except FkdError:
-            raise
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 f"Client {client} ran out of device memory in round {broadcast.round}: lower data.batch_size or "
@@ -204,8 +202,8 @@ class FederatedLoop(_FitLoop):
     def _log(self, round: int) -> None:
         """Write the ledger, and log what the clients measured and what travelled."""
         trainer = self._federated_trainer
-        self.exchange.ledger.flush() if trainer.is_global_zero else None
         ledger = self.exchange.ledger
+        ledger.flush()
         self.metrics |= {f"bytes/{way}": float(ledger.total(round, None, way)) for way in ("up", "down")}
         self.metrics["bytes/total"] = float(ledger.total())
         for logger in trainer.loggers:
@@ -216,7 +214,7 @@ class FederatedLoop(_FitLoop):
         round, trainer = self.round, self._federated_trainer
         self._report(round)
         super().on_advance_end()
-        self.exchange.close_round(round)
+        self.exchange.forget(round)
         if trainer.is_global_zero and self.states.versions:
             self.states.prune(trainer.needed_states())
 

@@ -22,7 +22,7 @@ from torch import nn
 from fkd_med.checkpoints import LastCheckpoint, SafeCheckpointIO
 from fkd_med.errors import ConfigError, RunError
 from fkd_med.federated.client_data import ClientData
-from fkd_med.federated.inner import inner_trainer, release
+from fkd_med.federated.inner import inner_trainer, is_trial, release
 from fkd_med.federated.progress import LossOnBar, Reporter
 from fkd_med.federated.quiet import quiet
 from fkd_med.federated.teacher_files import is_whole, read_teacher
@@ -80,7 +80,7 @@ class TeacherStage(TeacherSource):
             self.files[name] = self.checkpoints[name]
             return self.files[name]
         flags = options.get("flags", {})
-        epochs = 1 if flags.get("limit_val_batches") else self.epochs  # fast_dev_run: see _train
+        epochs = 1 if is_trial(flags) else self.epochs
         key, description = teacher_key(self.module, epochs, client, data, flags)
         folder = self.store / f"{name}-{key[:16]}"
         path = folder / "teacher.safetensors"
@@ -88,7 +88,7 @@ class TeacherStage(TeacherSource):
         with self._locked(folder):
             if _as_rank_zero_says(is_whole(path, key)):
                 reporter.line(f"teacher of {name}: found in {folder}")
-                reporter.advance(self.epochs)
+                reporter.advance(epochs)
             else:
                 self._train(client, data, folder, key, description, {**options, "flags": flags, "reporter": reporter})
         self.files[name] = path
@@ -122,8 +122,7 @@ class TeacherStage(TeacherSource):
     ) -> None:
         name, reporter = client or POOLED, options["reporter"]
         module = copy.deepcopy(self.module)
-        fast = options["flags"].get("limit_val_batches")
-        epochs = 1 if fast else self.epochs
+        epochs = 1 if is_trial(options["flags"]) else self.epochs
         best = ModelCheckpoint(
             dirpath=folder / "training", filename="best", monitor="val/dice", mode="max", enable_version_counter=False
         )

@@ -11,10 +11,10 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 
-from fkd_med.checkpoints import SafeCheckpointIO, read_checkpoint
+from fkd_med.checkpoints import LastCheckpoint, SafeCheckpointIO, read_checkpoint
 from fkd_med.errors import ConfigError
 from fkd_med.federated.federation import Federation
-from fkd_med.federated.inner import inner_flags
+from fkd_med.federated.inner import as_list, inner_flags
 from fkd_med.federated.loop import FederatedLoop
 from fkd_med.federated.progress import Reporter
 from fkd_med.federated.quiet import quiet
@@ -54,11 +54,12 @@ class FederatedTrainer(L.Trainer):
         self.inner_flags = inner_flags(kwargs)  # before super().__init__: used Strategy objects are refused later
         if federation is not None:
             kwargs = self._server_flags(federation, kwargs)
-        kwargs["plugins"] = [*_as_list(kwargs.get("plugins")), SafeCheckpointIO()]
+        kwargs["plugins"] = [*as_list(kwargs.get("plugins")), SafeCheckpointIO()]
         super().__init__(*args, **kwargs)
         # A trial run must not touch the run that may lie in its folder.
         self.run_dir = RunDir(f"{self.default_root_dir}.fast-dev-run" if self.fast_dev_run else self.default_root_dir)
         self.reporter = Reporter()
+        self._named_states: dict[tuple[str, int], set[tuple[str, int]]] = {}  # by checkpoint and time of writing
         if federation is not None:
             self.fit_loop = FederatedLoop(self, federation)
 
@@ -72,7 +73,7 @@ class FederatedTrainer(L.Trainer):
         strategy = kwargs.get("strategy")
         if isinstance(strategy, str) and strategy not in _STRATEGIES:
             raise ConfigError(f"trainer.strategy {strategy} cannot run inside a federation: use ddp, or one device.")
-        for callback in _as_list(kwargs.get("callbacks")):
+        for callback in as_list(kwargs.get("callbacks")):
             if isinstance(callback, _CLIENT_ONLY):
                 logged = isinstance(callback, LearningRateMonitor)
                 advice = "move it from trainer.callbacks to federation.client_callbacks"
@@ -165,8 +166,8 @@ class FederatedTrainer(L.Trainer):
         """Return the (client, round) states that checkpoints on disk would resume from."""
         needed: set[tuple[str, int]] = set()
         for callback in self.checkpoint_callbacks:
-            if not isinstance(callback, ModelCheckpoint):
-                continue
+            if isinstance(callback, LastCheckpoint) or not isinstance(callback, ModelCheckpoint):
+                continue  # last.ckpt, just written, names the current states
             paths = {callback.best_model_path, callback.last_model_path, *callback.best_k_models}
             for path in paths:
                 if path and Path(path).exists():
@@ -175,12 +176,11 @@ class FederatedTrainer(L.Trainer):
 
     def _states_in(self, path: str) -> set[tuple[str, int]]:
         key = (path, Path(path).stat().st_mtime_ns)
-        cache: dict[tuple[str, int], set[tuple[str, int]]] = self.__dict__.setdefault("_states_cache", {})
-        if key not in cache:
+        if key not in self._named_states:
             loops = read_checkpoint(path, "cpu").get("loops", {})
             stored = loops.get("fit_loop", {}).get("state_dict", {}).get("federation", {})
-            cache[key] = set(stored.get("client_states", {}).items())
-        return cache[key]
+            self._named_states[key] = set(stored.get("client_states", {}).items())
+        return self._named_states[key]
 
 
 @contextmanager
@@ -191,9 +191,3 @@ def serving(module: L.LightningModule) -> Iterator[None]:
         yield
     finally:
         module.__dict__.pop("configure_optimizers", None)
-
-
-def _as_list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list | tuple) else [value]

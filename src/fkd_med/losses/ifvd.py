@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fkd_med.losses.distillation import DistillationTerm
-from fkd_med.losses.regions import class_means, class_regions, mean_of_complete
-from fkd_med.losses.tensors import check_maps, check_mask, class_probabilities, precise, unit
+from fkd_med.losses.regions import class_means, region_difference
+from fkd_med.losses.tensors import class_probabilities, unit
 
 
 def ifvd(student: Tensor, teacher: Tensor, mask: Tensor, classes: int = 2) -> Tensor:
@@ -27,12 +26,7 @@ def ifvd(student: Tensor, teacher: Tensor, mask: Tensor, classes: int = 2) -> Te
     Raises:
         ConfigError: for shapes that do not match.
     """
-    check_maps(student, teacher)
-    check_mask(mask, student)
-    with torch.autocast(student.device.type, enabled=False):
-        regions = class_regions(mask, classes)
-        difference = _typicality(precise(student), regions) - _typicality(precise(teacher.detach()), regions)
-        return mean_of_complete(difference.square().mean(dim=1), regions)
+    return region_difference(_typicality, student, teacher, mask, classes)
 
 
 class IFVD(DistillationTerm):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fkd_med.losses.distillation import DistillationTerm
-from fkd_med.losses.regions import class_means, class_regions, mean_of_complete
-from fkd_med.losses.tensors import check_maps, check_mask, class_probabilities, precise, unit
+from fkd_med.losses.regions import class_means, region_difference
+from fkd_med.losses.tensors import class_probabilities, unit
 
 
 def region_affinity(student: Tensor, teacher: Tensor, mask: Tensor, classes: int = 2) -> Tensor:
@@ -27,12 +27,7 @@ def region_affinity(student: Tensor, teacher: Tensor, mask: Tensor, classes: int
     Raises:
         ConfigError: for shapes that do not match.
     """
-    check_maps(student, teacher)
-    check_mask(mask, student)
-    with torch.autocast(student.device.type, enabled=False):
-        regions = class_regions(mask, classes)
-        difference = _affinity(precise(student), regions) - _affinity(precise(teacher.detach()), regions)
-        return mean_of_complete(difference.square().mean(dim=1), regions)
+    return region_difference(_affinity, student, teacher, mask, classes)
 
 
 class RegionAffinity(DistillationTerm):

@@ -2,8 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fkd_med.losses.tensors import check_maps, check_mask, precise
+
+
+def region_difference(
+    measure: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor, mask: Tensor, classes: int
+) -> Tensor:
+    """Return the squared difference of what `measure` says of the student's and the teacher's regions.
+
+    The mean is over each image, then over the images that hold every class; 0 if none does. No gradient reaches the
+    teacher. Computed in float32 at least, also under autocast.
+
+    Args:
+        measure: maps features (N, C, H, W) and regions (N, K, H * W) to numbers (N, M).
+        student: features (N, C, H, W).
+        teacher: features (N, C', H, W).
+        mask: class indices (N, H, W).
+        classes: number of classes, the background included.
+
+    Raises:
+        ConfigError: for shapes that do not match.
+    """
+    check_maps(student, teacher)
+    check_mask(mask, student)
+    with torch.autocast(student.device.type, enabled=False):
+        regions = class_regions(mask, classes)
+        difference = measure(precise(student), regions) - measure(precise(teacher.detach()), regions)
+        return mean_of_complete(difference.square().mean(dim=1), regions)
 
 
 def class_regions(mask: Tensor, classes: int) -> Tensor:

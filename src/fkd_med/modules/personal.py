@@ -26,6 +26,7 @@ class PersonalTensors:
     def __init__(self, module: nn.Module) -> None:
         self._owner = weakref.ref(module)  # weak: else no copy of a module would be freed when its fit is over
         self._shared: State | None = None
+        self._entered: tuple[str | None, bool] | None = None
         self.by_client: dict[str, State] = {}
         self.best: dict[str, State] = {}
         self.best_score: dict[str, float] = {}
@@ -49,12 +50,13 @@ class PersonalTensors:
             client: whose tensors to take.
             best: those of the client's best validation instead of the latest.
         """
-        if not self.by_client:
+        if not self.by_client or self._entered == (client, best):
             return
         if self._shared is None:
             self._shared = {name: tensor.detach().clone() for name, tensor in self._module.state_dict().items()}
         own = self.best if best and client in self.best else self.by_client
         self._module.load_state_dict(merge(self._shared, own.get(client or "")))
+        self._entered = (client, best)
 
     def note(self, client: str, score: float) -> None:
         """Keep a client's tensors if they validate better than all before: alone, each client stops at its best."""
@@ -66,7 +68,7 @@ class PersonalTensors:
         """Put the shared tensors back."""
         if self._shared is not None:
             self._module.load_state_dict(self._shared)
-            self._shared = None
+            self._shared = self._entered = None
 
     def of(self, client: str) -> State:
         """Return the tensors a client predicts with: those of its best validation, else the latest."""
@@ -78,7 +80,7 @@ class PersonalTensors:
 
     def load_state_dict(self, stored: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned; nothing stored is no personal tensors."""
-        self._shared = None
+        self._shared = self._entered = None
         self.by_client = _on_cpu(stored.get("latest", {}))
         self.best = _on_cpu(stored.get("best", {}))
         self.best_score = dict(stored.get("best_score", {}))
