@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
-from rich.console import Console
 
+from fkd_med.cli.console import wide_console
 from fkd_med.cli.data_parser import build_data, data_parser
 from fkd_med.data import FederatedDataModule, Manifest, Record
 from fkd_med.data.check import DataReport, collected_warnings, render
@@ -53,7 +53,7 @@ def check_data(arguments: list[str]) -> None:
     report = read_everything(found.records, manifest, found.coding, found.notes)
     report.errors[:0] = found.errors
     report.warnings = [line for line in report.warnings if not line.startswith(f"{_ALL} has no image")]
-    render(report, _console())
+    render(report, wide_console(120, soft_wrap=True))
     written = _write(Path(given.output).expanduser(), found, manifest)
     print(f"Written: {', '.join(map(str, written))}")
     if report.errors:
@@ -152,10 +152,3 @@ def _write(output: Path, found: _Findings, manifest: Manifest) -> list[Path]:
 
 def _count(report: DataReport) -> str:
     return "1 error" if len(report.errors) == 1 else f"{len(report.errors)} errors"
-
-
-def _console() -> Console:
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = max(120, console.width)
-    return console

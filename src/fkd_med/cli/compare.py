@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
-from rich.console import Console
 
+from fkd_med.cli.console import wide_console
 from fkd_med.evaluation import compare as compare_runs
 
 _DESCRIPTION = """Put finished runs side by side: Dice, IoU and HD95 of every arm, from each run's images.csv.
@@ -31,9 +31,7 @@ def compare(arguments: list[str]) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         comparison = compare_runs(runs, output, given.seed)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=max(120, console.width))
+    console = wide_console(120)
     for sheet in (comparison.overview, comparison.details):
         console.print(sheet)
         console.print()

@@ -5,26 +5,24 @@ from __future__ import annotations
 import copy
 import warnings
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from rich.console import Console
 
 from fkd_med.checkpoints import LastCheckpoint
-from fkd_med.cli.configuration import fit_networks_to_data, stored_seed
-from fkd_med.cli.report import Report, recorded_best
+from fkd_med.cli.configuration import saved_configuration, settle
+from fkd_med.cli.console import wide_console
+from fkd_med.cli.report import Report
 from fkd_med.data import FederatedDataModule
-from fkd_med.errors import ConfigError, RunError
 from fkd_med.federated import FederatedTrainer, Federation
+from fkd_med.federated.inner import as_list
 from fkd_med.federated.quiet import quiet
 from fkd_med.files import atomic_write_text
 from fkd_med.modules import SegmentationModule
 from fkd_med.ranks import is_first_rank
-from fkd_med.rundir import RunDir
 from fkd_med.tracking import ImageRecorder, MetricsCSV, WandbLogger
 
 
@@ -44,7 +42,7 @@ class FkdCLI(LightningCLI):
 
     def __init__(self, arguments: list[str], stack: ExitStack) -> None:
         self.stack = stack
-        self.console = console()
+        self.console = wide_console()
         super().__init__(
             L.LightningModule,
             L.LightningDataModule,
@@ -114,75 +112,18 @@ class FkdCLI(LightningCLI):
         return config
 
     def before_instantiate_classes(self) -> None:
-        """Settle the run directory, the checkpoint asked for, the seed and the shapes of networks."""
-        config = self.given
-        if config.run_dir is None:
-            config.run_dir = str(Path("runs") / _run_name(self._config_files))
-        config.run_dir = str(Path(config.run_dir).expanduser())
-        self.run_dir = RunDir(config.run_dir)
-        config.trainer.default_root_dir = config.run_dir
-        self.derived: set[tuple[str, ...]] = {
-            ("trainer", "default_root_dir")
-        }  # follow from run_dir; a saved configuration leaves them open
-        if config.checkpoint.dirpath is None:
-            config.checkpoint.dirpath = str(self.run_dir.checkpoints)
-            self.derived.add(("checkpoint", "dirpath"))
+        """Settle what the configuration leaves open; refuse a run that is there before anything is built."""
+        config, command = self.given, str(self.subcommand)
+        seed = config.seed_everything
+        self.plan = settle(config, command, self._config_files)
+        self.run_dir = self.plan.run_dir
         self.trainer_defaults = {"callbacks": [LastCheckpoint(config.checkpoint.dirpath)]}
-        self.asked_for = config.get("ckpt_path")
-        if self.subcommand != "teachers":
-            config.ckpt_path = self._checkpoint(config.get("ckpt_path"))
-        self.resumes = self.subcommand == "fit" and config.get("ckpt_path") is not None
-        if self.subcommand == "fit" and not config.trainer.fast_dev_run and is_first_rank():
-            self.run_dir.check(config.overwrite, self.resumes)
-        if self.resumes or self.subcommand in ("validate", "test"):
-            self._take_stored_seed()
-            self._take_stored_manifest()
-        fit_networks_to_data(config)
-
-    def _checkpoint(self, asked: str | None) -> str | None:
-        """Return the file of the checkpoint asked for; scoring takes the best of the run when none is.
-
-        Raises:
-            RunError: there is none.
-        """
-        folder = Path(self.given.checkpoint.dirpath)
-        if asked is None and self.subcommand in ("validate", "test"):
-            asked = "last" if self._is_local() else "best"  # the last one holds every client's own best
-        if asked not in ("last", "best"):
-            if asked is not None and not Path(asked).is_file():
-                raise RunError(f"The checkpoint {asked} does not exist. Give a file, `last` or `best`.")
-            return asked
-        pattern = "last*.ckpt" if asked == "last" else "best*.ckpt"
-        found = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
-        best = recorded_best(folder) if asked == "best" else None
-        if best is not None:
-            found = [best]
-        if not found:
-            raise RunError(
-                f"There is no {asked} checkpoint in {folder}. Start the run without --ckpt_path, or give the "
-                "run_dir of the run that is meant."
-            )
-        return str(found[-1])
-
-    def _take_stored_manifest(self) -> None:
-        """Deal the images as the run did, whatever lies in the data folder by now."""
-        data = self.given.get("data")
-        arguments = data.get("init_args") if data is not None else None
-        if arguments is None or arguments.get("manifest", "") is not None or not self.run_dir.manifest.is_file():
-            return
-        arguments.manifest = str(self.run_dir.manifest)
-        self.derived.add(("data", "init_args", "manifest"))
-
-    def _is_local(self) -> bool:
-        federation = self.given.get("federation")
-        return federation is not None and federation.init_args.get("aggregator") is None
-
-    def _take_stored_seed(self) -> None:
-        seed = stored_seed(self.run_dir.config)
-        if seed is not None and seed != self.given.seed_everything:
-            self.console.print(f"The run was started with seed {seed}; it goes on with that seed.")
-            self.given.seed_everything = seed
-            L.seed_everything(seed, workers=True, verbose=False)
+        if command != "teachers":
+            config.ckpt_path = self.plan.checkpoint
+        if command == "fit" and not config.trainer.fast_dev_run and is_first_rank():
+            self.run_dir.check(config.overwrite, self.plan.resumes)
+        if config.seed_everything != seed:
+            self._set_seed()
 
     # --- building ---------------------------------------------------------------------------------------------
 
@@ -199,10 +140,9 @@ class FkdCLI(LightningCLI):
         """Build the trainer with what every run has: metrics.csv and images.csv beside the configured loggers."""
         config = self._get(self.config_init, "trainer")
         config["logger"] = self._loggers(config.get("logger"))
-        callbacks = config.get("callbacks") or []
-        config["callbacks"] = [*(callbacks if isinstance(callbacks, list) else [callbacks])]
+        config["callbacks"] = as_list(config.get("callbacks"))
         # Only the run's own choice of weights goes into its images.csv; others are shown, not kept.
-        if self.subcommand == "fit" or (self.run_dir.exists() and self.asked_for is None):
+        if self.subcommand == "fit" or (self.run_dir.exists() and self.plan.asked_for is None):
             config["callbacks"].append(ImageRecorder(self.run_dir.images))
         trainer = super().instantiate_trainer(**kwargs)
         assert isinstance(trainer, FederatedTrainer)
@@ -211,10 +151,12 @@ class FkdCLI(LightningCLI):
     def _loggers(self, configured: Any) -> Any:
         if self.subcommand != "fit":
             return False
-        loggers = [logger for logger in _as_list(configured) if not isinstance(logger, bool)]
+        loggers = [logger for logger in as_list(configured) if not isinstance(logger, bool)]
         for logger in loggers:
             if isinstance(logger, WandbLogger):
-                stored = self.run_dir.wandb_id.read_text() if self.resumes and self.run_dir.wandb_id.is_file() else None
+                stored = (
+                    self.run_dir.wandb_id.read_text() if self.plan.resumes and self.run_dir.wandb_id.is_file() else None
+                )
                 logger.place(str(self.run_dir.path), self.run_dir.path.name, stored)
                 self.stack.callback(logger.close, self.console)
         return [MetricsCSV(self.run_dir.metrics), *loggers]
@@ -229,11 +171,11 @@ class FkdCLI(LightningCLI):
         self._set_up_data(datamodule, "fit")
         if not fast and is_first_rank():
             self.stack.enter_context(self.run_dir.lock())
-            self.run_dir.create(overwrite=self.given.overwrite, resume=self.resumes)
+            self.run_dir.create(overwrite=self.given.overwrite, resume=self.plan.resumes)
             self._write_configuration(datamodule)
         initial = copy.deepcopy(model)
         for logger in trainer.loggers:
-            logger.log_hyperparams(_plain(self.config_dump))
+            logger.log_hyperparams({k: v for k, v in self.config_dump.items() if k != "config"})
         try:
             trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
             if not fast:
@@ -279,53 +221,10 @@ class FkdCLI(LightningCLI):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "(?s).*does not round-trip.*")
             text = self.parser.dump(self.config, skip_none=False, skip_link_targets=False)
-        dumped = _configuration_of(text, str(self.subcommand), self.derived)
+        dumped = saved_configuration(text, str(self.subcommand), self.plan.derived)
         atomic_write_text(self.run_dir.config, dumped)
-        if isinstance(datamodule, FederatedDataModule) and not self.resumes:
+        if isinstance(datamodule, FederatedDataModule) and not self.plan.resumes:
             datamodule.manifest.write(self.run_dir.manifest)
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger):
                 atomic_write_text(self.run_dir.wandb_id, logger.run_id)
-
-
-def console() -> Console:
-    """Return standard output, at least 100 columns wide where it is a file or a pipe."""
-    terminal = Console(highlight=False)
-    return terminal if terminal.is_terminal else Console(highlight=False, width=max(100, terminal.width))
-
-
-def _run_name(files: list[str]) -> str:
-    """Name a run after its first configuration: cvc_clinicdb/fkd_resunet.yaml gives cvc_clinicdb_fkd_resunet."""
-    if not files:
-        return "fkd"
-    path = Path(files[0]).resolve()
-    folder = path.parent.name
-    return path.stem if folder in ("", "configs") else f"{folder}_{path.stem}"
-
-
-def _as_list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    if not isinstance(config, dict):
-        raise ConfigError("The configuration is not a mapping.")
-    return {name: value for name, value in config.items() if name != "config"}
-
-
-def _configuration_of(text: str, command: str, derived: set[tuple[str, ...]]) -> str:
-    """Return the configuration of one command, as a file that --config takes; `derived` keys are left open."""
-    import yaml
-
-    whole = yaml.safe_load(text)
-    part = dict(whole.get(command, whole))
-    for name in ("config", "ckpt_path", "overwrite"):
-        part.pop(name, None)
-    for *path, last in derived:
-        inner = part
-        for name in path:
-            inner = inner[name]
-        inner[last] = None
-    return yaml.safe_dump(part, sort_keys=False, allow_unicode=True)

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-import yaml
-from lightning.pytorch.callbacks import ModelCheckpoint
-from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor, nn
 
-from fkd_med.checkpoints import LastCheckpoint, read_checkpoint, write_checkpoint
+from fkd_med.checkpoints import read_checkpoint, write_checkpoint
+from fkd_med.cli.baseline import train_alone
+from fkd_med.cli.best_weights import best_checkpoint
+from fkd_med.cli.showcase import Predictor, module_predictor, sample, teacher_predictor
 from fkd_med.communication import Ledger, counterfactual_bytes
-from fkd_med.data.geometry import undo
 from fkd_med.evaluation import (
     ImageRow,
     ImageTable,
-    Sample,
     Sheet,
     Traffic,
     choose,
@@ -34,13 +29,10 @@ from fkd_med.federated import FederatedTrainer
 from fkd_med.federated.inner import inner_trainer
 from fkd_med.federated.quiet import quiet
 from fkd_med.files import atomic_write_text
-from fkd_med.modules import DistillationModule, SegmentationModule, predict_classes
+from fkd_med.modules import DistillationModule, SegmentationModule
 from fkd_med.modules.personal import merge
-from fkd_med.networks import ResUNet, TransUNet, count_parameters, forward_padded
+from fkd_med.networks import ResUNet, TransUNet, count_parameters
 from fkd_med.rundir import RunDir
-from fkd_med.tracking import ImageRecorder, MetricsCSV
-
-Predictor = Callable[[Tensor, str], Tensor | None]  # image (C, S, S), client -> logits (K, S, S) if it has a model
 
 
 class Report:
@@ -83,12 +75,14 @@ class Report:
             arms |= {"teacher": teachers} if teachers else {}
         federation = trainer.federation
         if federation is not None and federation.local_baseline and not federation.is_local:
-            arms |= self._local_baseline(initial)
+            assert isinstance(initial, SegmentationModule)
+            train_alone(trainer, initial, self.data, self.run_dir)
+            arms |= self._keep(initial)
         if not trainer.is_global_zero:
             return
         arms |= own
         student = next(reversed(arms))
-        self.predictors[student] = _predictor(model)
+        self.predictors[student] = module_predictor(model)
         self._print(arms)
         self._write_pictures(arms[student], int(self.data.export_info()["classes"]))
         self.console.print(f"Run directory: {self.run_dir.path}", highlight=False, soft_wrap=True)
@@ -131,51 +125,23 @@ class Report:
             with quiet():
                 inner_trainer(self.trainer.inner_flags, limit_test_batches=limit).test(module, loaders, verbose=False)
             rows += module.evaluated
-        self.predictors["teacher"] = _teacher_predictor(model, self.data.client_names())
+        shown = {client: client if federated else self.data.client for client in self._hospitals(federated)}
+        self.predictors["teacher"] = teacher_predictor(source, shown)
         if self.trainer.is_global_zero:
             ImageTable.append(self.run_dir.images, rows)
         return rows
 
-    def _local_baseline(self, initial: L.LightningModule) -> dict[str, list[ImageRow]]:
-        """Train each client alone with the same budget, as a run of its own inside this one, and test it."""
-        run = RunDir(self.run_dir.path / "local")
-        resume = (run.checkpoints / "last.ckpt").exists()
-        if self.trainer.is_global_zero:
-            run.create(overwrite=not resume, resume=resume)
-            config = yaml.safe_load(self.run_dir.config.read_text())
-            config["federation"]["init_args"] |= {"aggregator": None, "local_baseline": False}
-            config["run_dir"] = str(run.path)
-            config["checkpoint"]["dirpath"] = None
-            atomic_write_text(run.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-        self.trainer.reporter.line("the same students, each hospital alone:")
-        trainer = self._local_trainer(run)
-        trainer.fit_loop.max_epochs = self.trainer.global_step  # the budget of the run, also if it stopped early
-        module = initial
-        assert isinstance(module, SegmentationModule)
-        module.arm = "local-only"
-        with quiet():
-            trainer.fit(module, datamodule=self.data, ckpt_path=str(run.checkpoints / "last.ckpt") if resume else None)
-            trainer.test(module, datamodule=self.data, ckpt_path=best_checkpoint(trainer), verbose=False)
+    def _hospitals(self, training: bool) -> list[str]:
+        """Return the hospitals that train, or all that are tested."""
+        return list(self.data.client_names() if training else self.data.manifest.clients())
+
+    def _keep(self, module: SegmentationModule) -> dict[str, list[ImageRow]]:
+        """Take over the baseline's scores."""
         if self.trainer.is_global_zero:
             ImageTable.append(self.run_dir.images, module.evaluated)
-        self.predictors["local-only student"] = _predictor(module)
-        return group_arms(module.evaluated)
-
-    def _local_trainer(self, run: RunDir) -> FederatedTrainer:
-        federation = copy.copy(self.trainer.federation)
-        assert federation is not None
-        federation.aggregator, federation.local_baseline = None, False
-        kept = ("limit_val_batches", "limit_test_batches", "check_val_every_n_epoch")
-        flags = {name: self.trainer.flags[name] for name in kept if self.trainer.flags.get(name) is not None}
-        best = ModelCheckpoint(dirpath=run.checkpoints, filename="best-{step}", monitor="val/dice", mode="max")
-        with quiet():
-            return FederatedTrainer(
-                **{**self.trainer.inner_flags, **flags},
-                default_root_dir=str(run.path),
-                federation=federation,
-                logger=[MetricsCSV(run.metrics)],
-                callbacks=[best, LastCheckpoint(run.checkpoints), ImageRecorder(run.images, panel_every=0)],
-            )
+        arms = group_arms(module.evaluated)
+        self.predictors |= dict.fromkeys(arms, module_predictor(module))
+        return arms
 
     # --- files ------------------------------------------------------------------------------------------------
 
@@ -239,8 +205,7 @@ class Report:
 
     def _write_pictures(self, rows: list[ImageRow], classes: int) -> None:
         """Show the worst, median and best test image of each hospital."""
-        info = self.data.export_info()
-        samples = [self._sample(client, name, rank, info) for client, name, rank in choose(rows)]
+        samples = [sample(self.data, client, name, rank, self.predictors) for client, name, rank in choose(rows)]
         paths = write_pictures(self.run_dir.pictures, samples, classes)
         if not paths:
             return
@@ -248,80 +213,3 @@ class Report:
             if hasattr(logger, "log_image"):
                 logger.log_image("test/pictures", [str(paths[0])])
         self.console.print(f"Pictures: {paths[0]}", highlight=False, soft_wrap=True)
-
-    def _sample(self, client: str, name: str, rank: str, info: dict[str, Any]) -> Sample:
-        dataset = self.data.client_test_dataloader(client).dataset
-        index = next(i for i, record in enumerate(dataset.records) if record.id == name)
-        item = dataset[index]
-        restore = _restorer(item["size"], info["resize"])
-        mean, std = torch.tensor(info["mean"])[:, None, None], torch.tensor(info["std"])[:, None, None]
-        image = restore(item["image"] * std + mean).clamp(0, 1).numpy().transpose(1, 2, 0)
-        masks: dict[str, NDArray[Any]] = {}
-        for label, predict in self.predictors.items():
-            with torch.no_grad():
-                logits = predict(item["image"], client)
-            if logits is not None:
-                masks[label] = predict_classes(restore(logits.float().cpu())[None])[0].numpy()
-        return Sample(client, name, rank, image, item["original"].numpy(), masks)
-
-
-def best_checkpoint(trainer: L.Trainer) -> str | None:
-    """Return the best checkpoint of a fit, or the last; None tests the weights as they are."""
-    federation = getattr(trainer, "federation", None)
-    local = federation is not None and federation.is_local  # then the last one holds every client's own best
-    folder = str(RunDir(trainer.default_root_dir).checkpoints.resolve())
-    ours = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath == folder]
-    chosen = [c for c in ours if isinstance(c, LastCheckpoint) == local] or trainer.checkpoint_callbacks
-    path = getattr(chosen[0], "best_model_path", "") if chosen else ""
-    if path and not Path(path).exists():  # the run directory was moved since
-        path = str(Path(folder) / Path(path).name)
-    return path if path and Path(path).exists() else None
-
-
-def recorded_best(folder: Path) -> Path | None:
-    """Return the checkpoint that the run itself holds for its best, as last.ckpt says."""
-    last = folder / "last.ckpt"
-    if not last.is_file():
-        return None
-    for key, state in read_checkpoint(last).get("callbacks", {}).items():
-        if str(key).startswith("ModelCheckpoint") and isinstance(state, dict):
-            path = folder / Path(str(state.get("best_model_path", ""))).name
-            if path.is_file():
-                return path
-    return None
-
-
-def _restorer(size: Any, mode: str) -> Callable[[Tensor], Tensor]:
-    height, width = (int(n) for n in size)
-    return lambda maps: undo(maps, (height, width), mode)  # type: ignore[arg-type]
-
-
-def _predictor(module: SegmentationModule) -> Predictor:
-    """Return what a module answers for a client's image, with that client's own tensors."""
-
-    def predict(image: Tensor, client: str) -> Tensor:
-        module.eval()
-        module.personal.enter(client, best=True)
-        logits: Tensor = module(image[None].to(module.device))[0]
-        module.personal.leave()
-        return logits
-
-    return predict
-
-
-def _teacher_predictor(module: DistillationModule, clients: list[str]) -> Predictor:
-    """Return what each client's teacher answers."""
-    loaded: dict[str, nn.Module] = {}
-
-    def predict(image: Tensor, client: str) -> Tensor | None:
-        if client not in loaded:
-            loaded.clear()  # one teacher at a time in memory
-            source = module.teacher_source
-            assert source is not None
-            if module.trainer.federation is not None and client not in clients:  # type: ignore[attr-defined]
-                return None
-            name = client if module.trainer.federation is not None else module.trainer.datamodule.client  # type: ignore[attr-defined]
-            loaded[client] = source.load(name).eval()
-        return forward_padded(loaded[client], image[None])[0]
-
-    return predict
