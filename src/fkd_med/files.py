@@ -48,7 +48,7 @@ def atomic_writer(path: str | Path) -> Iterator[BinaryIO]:
         RunError: the file cannot be written; names it and the remedy. Nothing is left behind.
     """
     path = Path(path)
-    temporary = path.parent / f".{os.getpid()}-{secrets.token_hex(4)}.fkd-tmp"
+    temporary = temporary_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "x+b") as file:
@@ -56,7 +56,7 @@ def atomic_writer(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
@@ -105,10 +105,36 @@ def remove_leftovers(folder: str | Path) -> list[Path]:
     removed = []
     for path in Path(folder).rglob(".*.fkd-tmp"):
         match = LEFTOVER.fullmatch(path.name)
-        if match and not _runs(int(match[1])):
+        if match and not path.is_dir() and not is_running(int(match[1])):  # folders: whoever makes such clears them
             path.unlink(missing_ok=True)
             removed.append(path)
     return removed
+
+
+def temporary_beside(path: Path) -> Path:
+    """Return a new name in `path`'s folder for what is to take its place; it tells which process works there."""
+    return path.parent / f".{os.getpid()}-{secrets.token_hex(4)}.fkd-tmp"
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the new name durable; file systems that cannot say so are trusted."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_running(pid: int) -> bool:
+    """Return whether this host has a process of that number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def _end_of_lines(file: BinaryIO) -> int:
@@ -122,23 +148,3 @@ def _end_of_lines(file: BinaryIO) -> int:
             return start + found + 1
         end = start
     return 0
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name durable; file systems that cannot say so are trusted."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True

@@ -49,6 +49,30 @@ class Holder:
 
 
 @contextmanager
+def queued(path: str | Path, what: str) -> Iterator[None]:
+    """Hold the lock file `path` during the block, after waiting for whoever holds it; a dead process holds nothing.
+
+    Args:
+        path: the lock file; missing parents are made.
+        what: what is locked, for messages ("The teacher store x").
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(path, "w")  # noqa: SIM115
+    except OSError as error:
+        raise RunError(f"{what} cannot be written. {write_error(path, error)}") from error
+    with handle:
+        with suppress(OSError):  # a file system without flock: two may do the same work, and the last one's stays
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        handle.write(str(os.getpid()))
+        yield
+
+
+@contextmanager
 def locked(path: str | Path, what: str) -> Iterator[None]:
     """Hold the lock file `path` during the block; it is gone after it, whatever happens.
 

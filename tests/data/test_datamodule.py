@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import albumentations as A
 import cv2
 import jsonargparse
 import lightning as L
@@ -109,6 +110,95 @@ def test_batches_are_as_agreed(phantoms: Path) -> None:
     test = next(iter(made.test_dataloader()[0]))
     stored = cv2.imread(str(phantoms / "masks" / f"{test['id'][0]}.png"), cv2.IMREAD_UNCHANGED)
     assert np.array_equal(test["original"][0].numpy(), stored // 255)
+
+
+class FakeMaps:
+    """Two taps per image: its id as a number, and the ramp from left to right at half resolution."""
+
+    def read(self, id: str) -> dict[str, np.ndarray]:
+        ramp = np.tile((np.arange(16) + 0.5) / 16, (16, 1))
+        return {"logits": np.full((1, 32, 32), number(id), np.float16), "layer4[1]": ramp[None].astype(np.float16)}
+
+
+def number(id: str) -> int:
+    return int(hashlib.sha256(id.encode()).hexdigest(), 16) % 1000
+
+
+def test_training_batches_carry_the_maps_of_their_images_and_coordinates(phantoms: Path) -> None:
+    made = module(phantoms)
+    plain = list(made.client_train_dataloader("hospital-a", 2))
+    made.teacher_maps = FakeMaps()
+    batches = list(made.client_train_dataloader("hospital-a", 2))
+    assert len(batches) == len(plain) > 1
+    for batch, before in zip(batches, plain, strict=True):
+        assert set(batch) == set(before) | {"teacher", "coordinates"}
+        assert torch.equal(batch["image"], before["image"]) and torch.equal(batch["mask"], before["mask"])
+        assert all(batch[key] == before[key] for key in ("id", "client", "size"))
+        assert list(batch["teacher"]) == ["logits", "layer4[1]"]
+        logits, ramp = batch["teacher"].values()
+        assert logits.shape == (3, 1, 32, 32) and ramp.shape == (3, 1, 16, 16)
+        assert logits.dtype == ramp.dtype == torch.float16
+        assert logits[:, 0, 5, 5].tolist() == [number(id) for id in batch["id"]]
+        assert batch["coordinates"].shape == (3, 3, 32, 32) and batch["coordinates"].dtype == torch.float32
+        assert set(batch["coordinates"][:, 2].unique().tolist()) <= {0.0, 1.0}
+
+
+def test_maps_looked_up_at_the_coordinates_show_what_the_image_shows(phantoms: Path) -> None:
+    """The maps are the images themselves, as prepared and not augmented; only brightness may differ."""
+
+    class Images:
+        def read(self, id: str) -> dict[str, np.ndarray]:
+            return {"image": plain[id].numpy().astype(np.float16)}
+
+    moves = Augmentation([A.HorizontalFlip(), A.RandomRotate90(), A.Affine(rotate=(-30, 30), scale=0.9, p=1)])
+    made = module(phantoms, batch_size=1, augmentation=moves)
+    plain = {b["id"][0]: b["image"][0] for b in made.client_train_eval_dataloader(None)}
+    made.teacher_maps = Images()
+    shares = []
+    for batch in made.client_train_dataloader(None, 1):
+        where = batch["coordinates"][:, :2].permute(0, 2, 3, 1)
+        seen = torch.nn.functional.grid_sample(batch["teacher"]["image"].float(), where, align_corners=False)
+        valid = (batch["coordinates"][:, 2:] == 1).expand_as(seen)
+        assert torch.allclose(seen[valid], batch["image"][valid], atol=0.02)
+        shares.append(valid.float().mean().item())
+    assert min(shares) > 0.5 and max(shares) < 1
+
+
+def test_only_training_loaders_of_a_round_carry_maps(phantoms: Path) -> None:
+    made = module(phantoms)
+    made.teacher_maps = FakeMaps()
+    others = [made.client_train_dataloader(None, -1), *made.val_dataloader(), *made.test_dataloader()]
+    others += [made.client_train_eval_dataloader("hospital-a"), made.client_val_dataloader(None)]
+    assert all(not {"teacher", "coordinates"} & set(batch) for loader in others for batch in loader)
+    assert "teacher" in next(iter(made.train_dataloader()))
+    made.teacher_maps = None
+    assert set(next(iter(made.train_dataloader()))) == {"image", "mask", "id", "client", "size"}
+    still = module(phantoms, augmentation=False)
+    still.teacher_maps = FakeMaps()
+    assert set(next(iter(still.train_dataloader()))) == {"image", "mask", "id", "client", "size", "teacher"}
+
+
+def test_workers_do_not_change_maps_and_coordinates(phantoms: Path) -> None:
+    runs = []
+    for workers in (0, 1, 2):
+        made = module(phantoms, num_workers=workers)
+        made.teacher_maps = FakeMaps()
+        batches = list(made.client_train_dataloader("hospital-a", 1))
+        runs.append([(b["id"], b["coordinates"].numpy().tobytes(), b["teacher"]["logits"].tolist()) for b in batches])
+    assert runs[0] == runs[1] == runs[2]
+
+
+def test_maps_enter_nothing_that_is_saved(phantoms: Path) -> None:
+    made, plain = module(phantoms), module(phantoms)
+    made.teacher_maps = FakeMaps()
+    assert plain.teacher_maps is None
+    assert made.fingerprint(None) == plain.fingerprint(None) and made.export_info() == plain.export_info()
+    assert made.state_dict() == {} == dict(made.hparams)
+    parser = jsonargparse.ArgumentParser()
+    parser.add_class_arguments(FederatedDataModule, "data")
+    assert "teacher_maps" not in parser.format_help()
+    dataset = pickle.loads(pickle.dumps(made.client_train_dataloader(None).dataset))
+    assert set(dataset[(0, 7)]) >= {"teacher", "coordinates"}  # spawned data workers
 
 
 def test_images_are_normalised_by_imagenet(phantoms: Path) -> None:

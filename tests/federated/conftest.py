@@ -156,7 +156,8 @@ def teacher_stage(store: Path, **options: Any) -> TeacherStage:
 
 def distilled(store: Path, source: Any = None, **options: Any) -> DistillationModule:
     teacher = source or teacher_stage(store)
-    return DistillationModule(network(), teacher=teacher, losses={"kd": LogitKL()}, optimizer=adam, **options)
+    defaults = {"losses": {"kd": LogitKL()}, "optimizer": adam, "teacher_cache": "off"}  # these data carry no maps
+    return DistillationModule(network(), teacher=teacher, **{**defaults, **options})
 
 
 def trainer(folder: Path, federation: Federation | None = None, **options: Any) -> FederatedTrainer:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fkd_med.errors import ConfigError
-from fkd_med.losses import DistillationTerm, LogitKL, logit_kl
+from fkd_med.losses import DistillationTerm, LogitKL, Pixels, logit_kl
 
 
 def reference(student: Tensor, teacher: Tensor, temperature: float) -> NDArray[np.float64]:
@@ -142,8 +142,8 @@ def test_term_returns_the_raw_loss_and_carries_its_weight() -> None:
     student, teacher = pair(2)
     term = LogitKL(temperature=3.0, weight=0.25, reduction="mean")
     assert term.weight == 0.25
-    mask = torch.zeros(2, 4, 5, dtype=torch.int64)
-    torch.testing.assert_close(term(student, teacher, mask), logit_kl(student, teacher, 3.0, "mean"))
+    pixels = Pixels(torch.zeros(2, 4, 5, dtype=torch.int64), 2)
+    torch.testing.assert_close(term(student, teacher, pixels), logit_kl(student, teacher, 3.0, "mean"))
 
 
 @pytest.mark.parametrize("weight", [-1.0, math.nan])

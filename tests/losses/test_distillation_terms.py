@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
+from loss_references import TERMS, Reference, apply, example, np_at, np_hint, np_ifvd, np_pairwise, np_rad
 from torch import Tensor
 
 from fkd_med.errors import ConfigError
@@ -19,6 +19,7 @@ from fkd_med.losses import (
     BoundaryKL,
     DistillationTerm,
     DISTIntra,
+    HintMSE,
     LogitKL,
     PairwiseAffinity,
     RegionAffinity,
@@ -32,123 +33,18 @@ from fkd_med.losses import (
     region_affinity,
 )
 
-Array = NDArray[np.float64]
-Reference = Callable[[Array, Array, NDArray[np.int64]], float]
 
-# --- the formulae, in loops ---------------------------------------------------------------------------------------
-
-
-def softmax(z: Array, axis: int = 0) -> Array:
-    e = np.exp(z - z.max(axis, keepdims=True))
-    return np.asarray(e / e.sum(axis, keepdims=True))
+def name(term: object) -> str:
+    return type(term).__name__
 
 
-def probabilities(z: Array, temperature: float = 1.0) -> Array:
-    """Class probabilities (N, K, H, W) with K of at least 2."""
-    if z.shape[1] == 1:
-        z = np.concatenate([np.zeros_like(z), z], axis=1)
-    return softmax(z / temperature, 1)
+def is_of_channels(term: DistillationTerm) -> bool:
+    """Tell whether the formula is a mean over channels, so that one logit is not two classes."""
+    return isinstance(term, CWD | HintMSE) or getattr(term, "reduction", "") == "mean"
 
 
-def cosine(a: Array, b: Array) -> float:
-    length = np.sqrt((a * a).sum()) * np.sqrt((b * b).sum())
-    return float((a * b).sum() / length) if length else 0.0
-
-
-def np_cwd(s: Array, t: Array, temperature: float) -> float:
-    losses = []
-    for s_map, t_map in zip(s.reshape(-1, s[0, 0].size), t.reshape(-1, t[0, 0].size), strict=True):
-        q, p = softmax(s_map / temperature), softmax(t_map / temperature)
-        losses.append((p * np.log(p / q)).sum())
-    return float(temperature**2 * np.sum(losses) / (s.shape[0] * s.shape[1]))
-
-
-def np_pairwise(s: Array, t: Array, pool: float) -> float:
-    def affinities(f: Array) -> Array:
-        h, w = int(f.shape[1] * pool), int(f.shape[2] * pool)
-        nodes = [
-            f[:, y : y + h, x : x + w].max((1, 2)) for y in range(0, f.shape[1], h) for x in range(0, f.shape[2], w)
-        ]
-        return np.array([[cosine(a, b) for a in nodes] for b in nodes])
-
-    return float(np.mean([(affinities(a) - affinities(b)) ** 2 for a, b in zip(s, t, strict=True)]))
-
-
-def complete(mask: NDArray[np.int64], classes: int) -> list[int]:
-    return [n for n, m in enumerate(mask) if all((m == k).any() for k in range(classes))]
-
-
-def np_ifvd(s: Array, t: Array, mask: NDArray[np.int64], classes: int) -> float:
-    def typical(f: Array, m: NDArray[np.int64]) -> Array:
-        return np.array(
-            [[cosine(f[:, y, x], f[:, m == m[y, x]].mean(1)) for x in range(m.shape[1])] for y in range(m.shape[0])]
-        )
-
-    losses = [np.mean((typical(s[n], mask[n]) - typical(t[n], mask[n])) ** 2) for n in complete(mask, classes)]
-    return float(np.mean(losses)) if losses else 0.0
-
-
-def np_rad(s: Array, t: Array, mask: NDArray[np.int64], classes: int) -> float:
-    def affinities(f: Array, m: NDArray[np.int64]) -> Array:
-        means = [f[:, m == k].mean(1) for k in range(classes)]
-        return np.array([cosine(means[i], means[j]) for i in range(classes) for j in range(i)])
-
-    losses = [np.mean((affinities(s[n], mask[n]) - affinities(t[n], mask[n])) ** 2) for n in complete(mask, classes)]
-    return float(np.mean(losses)) if losses else 0.0
-
-
-def np_at(s: Array, t: Array, p: int) -> float:
-    def attention(f: Array) -> Array:
-        a = (np.abs(f) ** p).sum(0)
-        return np.asarray(a / max(float(np.sqrt((a**2).sum())), 1e-300))
-
-    return float(np.mean([(attention(a) - attention(b)) ** 2 for a, b in zip(s, t, strict=True)]))
-
-
-def np_dist(s: Array, t: Array, temperature: float) -> float:
-    a, b = probabilities(s, temperature), probabilities(t, temperature)
-    pearson = [np.corrcoef(a[:, k].ravel(), b[:, k].ravel())[0, 1] for k in range(a.shape[1])]
-    return float(temperature**2 * np.mean([1 - r for r in pearson]))
-
-
-def np_boundary(s: Array, t: Array, mask: NDArray[np.int64], band: int, temperature: float) -> float:
-    q, p = probabilities(s, temperature), probabilities(t, temperature)
-    kl = temperature**2 * (p * np.log(p / q)).sum(1)
-    losses = []
-    for n, y, x in np.ndindex(*mask.shape):
-        window = mask[n, max(0, y - band) : y + band + 1, max(0, x - band) : x + band + 1]
-        if (window != mask[n, y, x]).any():
-            losses.append(kl[n, y, x])
-    return float(np.mean(losses)) if losses else 0.0
-
-
-TERMS: list[tuple[DistillationTerm, Reference]] = [
-    (CWD(temperature=4.0), lambda s, t, m: np_cwd(s, t, 4.0)),
-    (CWD(temperature=1.0), lambda s, t, m: np_cwd(s, t, 1.0)),
-    (PairwiseAffinity(), lambda s, t, m: np_pairwise(probabilities(s), probabilities(t), 0.5)),
-    (PairwiseAffinity(pool=0.25), lambda s, t, m: np_pairwise(probabilities(s), probabilities(t), 0.25)),
-    (IFVD(), lambda s, t, m: np_ifvd(probabilities(s), probabilities(t), m, max(2, s.shape[1]))),
-    (RegionAffinity(), lambda s, t, m: np_rad(probabilities(s), probabilities(t), m, max(2, s.shape[1]))),
-    (AttentionTransfer(), lambda s, t, m: np_at(s, t, 2)),
-    (AttentionTransfer(p=4), lambda s, t, m: np_at(s, t, 4)),
-    (DISTIntra(), lambda s, t, m: np_dist(s, t, 1.0)),
-    (DISTIntra(temperature=3.0), lambda s, t, m: np_dist(s, t, 3.0)),
-    (BoundaryKL(band=1), lambda s, t, m: np_boundary(s, t, m, 1, 2.0)),
-    (BoundaryKL(band=2, temperature=1.0), lambda s, t, m: np_boundary(s, t, m, 2, 1.0)),
-]
-ALL = pytest.mark.parametrize("term", [LogitKL(), *(term for term, _ in TERMS)], ids=lambda t: type(t).__name__)
+ALL = pytest.mark.parametrize("term", [term for term, _ in TERMS], ids=name)
 CLASSES = pytest.mark.parametrize("classes", [1, 2, 4])
-
-
-def example(classes: int, dtype: torch.dtype = torch.float64, size: tuple[int, int] = (6, 9)) -> tuple[Tensor, ...]:
-    """Logits and masks of 3 images: a corner of the first holds the other classes, the third only background."""
-    g = torch.Generator().manual_seed(classes)
-    student, teacher = (2 * torch.randn(3, classes, *size, generator=g, dtype=torch.float64) for _ in range(2))
-    mask = torch.zeros(3, *size, dtype=torch.int64)
-    for k in range(1, max(2, classes)):
-        mask[0, 0, k - 1] = k
-        mask[1, k % size[0], 1:] = k
-    return student.to(dtype), teacher.to(dtype), mask
 
 
 # --- against the formulae -----------------------------------------------------------------------------------------
@@ -158,12 +54,12 @@ def example(classes: int, dtype: torch.dtype = torch.float64, size: tuple[int, i
 @pytest.mark.parametrize(("term", "reference"), TERMS)
 def test_against_numpy(term: DistillationTerm, reference: Reference, classes: int) -> None:
     student, teacher, mask = example(classes)
-    found = term(student, teacher, mask)
+    found = apply(term, student, teacher, mask)
     assert found.ndim == 0 and found.dtype == torch.float64
-    expected = reference(student.numpy(), teacher.numpy(), mask.numpy())
+    expected = reference(student.numpy(), teacher.numpy(), mask.numpy(), np.full(mask.shape, True))
     assert found.item() == pytest.approx(expected, rel=1e-9)
     assert expected > 1e-6  # the example is not degenerate
-    assert term(student.float(), teacher.float(), mask).item() == pytest.approx(expected, rel=1e-4)
+    assert apply(term, student.float(), teacher.float(), mask).item() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("size", [(5, 7), (4, 4)])
@@ -171,28 +67,29 @@ def test_features_of_different_widths_against_numpy(size: tuple[int, int]) -> No
     """The pure functions take features: student and teacher need not have the same number of channels."""
     student, teacher, mask = example(4, size=size)
     student, mask = student[:, :3], mask.clamp_max(1)
-    s, t, m = student.numpy(), teacher.numpy(), mask.numpy()
+    s, t, m, v = student.numpy(), teacher.numpy(), mask.numpy(), np.full(mask.shape, True)
     for found, expected in (
-        (pairwise_affinity(student, teacher, 0.5), np_pairwise(s, t, 0.5)),
-        (ifvd(student, teacher, mask), np_ifvd(s, t, m, 2)),
-        (region_affinity(student, teacher, mask), np_rad(s, t, m, 2)),
-        (attention_transfer(student, teacher, 4), np_at(s, t, 4)),
+        (pairwise_affinity(student, teacher, 0.5), np_pairwise(s, t, v, 0.5)),
+        (ifvd(student, teacher, mask), np_ifvd(s, t, m, v, 2)),
+        (region_affinity(student, teacher, mask), np_rad(s, t, m, v, 2)),
+        (attention_transfer(student, teacher, 4), np_at(s, t, v, 4)),
     ):
         assert found.item() == pytest.approx(expected, rel=1e-9) and expected > 1e-6
-    assert hint_mse(student, teacher[:, 1:]).item() == pytest.approx(((s - t[:, 1:]) ** 2).mean())
+    assert hint_mse(student, teacher[:, 1:]).item() == pytest.approx(np_hint(s, t[:, 1:], v))
 
 
-@pytest.mark.parametrize("term", [LogitKL(), *(term for term, _ in TERMS if not isinstance(term, CWD))])
+@pytest.mark.parametrize("term", [term for term, _ in TERMS if not is_of_channels(term)], ids=name)
 def test_one_logit_is_two_classes(term: DistillationTerm) -> None:
     student, teacher, mask = example(1)
     two = [torch.cat([torch.zeros_like(z), z], dim=1) for z in (student, teacher)]
-    torch.testing.assert_close(term(student, teacher, mask), term(two[0], two[1], mask))
+    torch.testing.assert_close(apply(term, student, teacher, mask), apply(term, two[0], two[1], mask))
 
 
-def test_cwd_of_one_logit_is_one_channel() -> None:
+@pytest.mark.parametrize("term", [CWD(), HintMSE(connector=None), LogitKL(reduction="mean")], ids=name)
+def test_one_logit_is_one_channel(term: DistillationTerm) -> None:
     student, teacher, mask = example(1)
     two = [torch.cat([torch.zeros_like(z), z], dim=1) for z in (student, teacher)]
-    torch.testing.assert_close(CWD()(student, teacher, mask), 2 * CWD()(two[0], two[1], mask))
+    torch.testing.assert_close(apply(term, student, teacher, mask), 2 * apply(term, two[0], two[1], mask))
 
 
 @ALL
@@ -200,7 +97,7 @@ def test_cwd_of_one_logit_is_one_channel() -> None:
 def test_a_student_that_answers_as_its_teacher_has_nothing_to_learn(term: DistillationTerm, classes: int) -> None:
     _, teacher, mask = example(classes)
     student = teacher.clone().requires_grad_()
-    loss = term(student, teacher, mask)
+    loss = apply(term, student, teacher, mask)
     loss.backward()
     assert student.grad is not None and student.grad.abs().max() < 1e-9
     assert abs(loss.item()) < 1e-9
@@ -214,7 +111,7 @@ def test_a_student_that_answers_as_its_teacher_has_nothing_to_learn(term: Distil
 def test_gradcheck(term: DistillationTerm, classes: int) -> None:
     student, teacher, mask = example(classes, size=(4, 4))
     student.requires_grad_()
-    assert torch.autograd.gradcheck(lambda s: term(s, teacher, mask), (student,))
+    assert torch.autograd.gradcheck(lambda s: apply(term, s, teacher, mask), (student,))
 
 
 def test_gradcheck_of_features() -> None:
@@ -234,7 +131,7 @@ def test_gradcheck_of_features() -> None:
 @ALL
 def test_the_teacher_gets_no_gradient(term: DistillationTerm) -> None:
     student, teacher, mask = example(2)
-    term(student.requires_grad_(), teacher.requires_grad_(), mask).backward()
+    apply(term, student.requires_grad_(), teacher.requires_grad_(), mask).backward()
     assert teacher.grad is None
     assert student.grad is not None and student.grad.abs().max() > 0
 
@@ -252,7 +149,7 @@ def test_constant_maps_have_finite_gradients(term: DistillationTerm, classes: in
         torch.full_like(z, value) if which in (name, "both") else z
         for name, z in (("student", student), ("teacher", teacher))
     )
-    loss = term(student.requires_grad_(), teacher, mask)
+    loss = apply(term, student.requires_grad_(), teacher, mask)
     loss.backward()
     assert student.grad is not None and student.grad.isfinite().all() and loss.isfinite()
 
@@ -277,7 +174,7 @@ def test_huge_logits_stay_finite(term: DistillationTerm, classes: int, dtype: to
     student, teacher, mask = example(classes, dtype)
     student, teacher = (1e4 * student.sign()).requires_grad_(), 1e4 * teacher.sign()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = term(student, teacher, mask)
+        loss = apply(term, student, teacher, mask)
     loss.backward()
     assert student.grad is not None and student.grad.isfinite().all() and loss.isfinite()
 
@@ -288,9 +185,9 @@ def test_bfloat16_autocast_is_computed_in_float32(term: DistillationTerm, refere
     """Only the logits are rounded, before the loss sees them."""
     student, teacher, mask = example(classes, torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = term(student, teacher, mask)
+        found = apply(term, student, teacher, mask)
     assert found.dtype == torch.float32
-    expected = reference(student.double().numpy(), teacher.double().numpy(), mask.numpy())
+    expected = reference(student.double().numpy(), teacher.double().numpy(), mask.numpy(), np.full(mask.shape, True))
     assert found.item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -299,9 +196,9 @@ def test_bfloat16_autocast_is_computed_in_float32(term: DistillationTerm, refere
 def test_images_without_a_class_are_skipped(term: DistillationTerm, classes: int) -> None:
     student, teacher, mask = example(classes)
     assert (mask[2] == 0).all()
-    torch.testing.assert_close(term(student, teacher, mask), term(student[:2], teacher[:2], mask[:2]))
+    torch.testing.assert_close(apply(term, student, teacher, mask), apply(term, student[:2], teacher[:2], mask[:2]))
     student.requires_grad_()
-    loss = term(student, teacher, torch.zeros_like(mask))
+    loss = apply(term, student, teacher, torch.zeros_like(mask))
     loss.backward()
     assert loss.item() == 0 and student.grad is not None and student.grad.abs().max() == 0
 
@@ -310,7 +207,7 @@ def test_boundary_of_batches_without_contours() -> None:
     student, teacher, mask = example(2)
     student.requires_grad_()
     for k in (0, 1):
-        loss = BoundaryKL()(student, teacher, torch.full_like(mask, k))
+        loss = apply(BoundaryKL(), student, teacher, torch.full_like(mask, k))
         loss.backward()
         assert loss.item() == 0 and student.grad is not None and student.grad.abs().max() == 0
 
@@ -357,14 +254,14 @@ def test_cwd_does_not_see_an_offset() -> None:
 def test_shapes_that_do_not_match_are_refused(term: DistillationTerm, shape: tuple[int, ...]) -> None:
     student, _, mask = example(2)
     with pytest.raises(ConfigError, match="Distillation"):
-        term(student, torch.zeros(shape), mask)
+        apply(term, student, torch.zeros(shape), mask)
 
 
 @pytest.mark.parametrize("term", [IFVD(), RegionAffinity(), BoundaryKL()])
 def test_masks_of_another_shape_are_refused(term: DistillationTerm) -> None:
     student, teacher, mask = example(2)
     with pytest.raises(ConfigError, match=r"mask \(3, 1, 6, 9\) does not match"):
-        term(student, teacher, mask[:, None])
+        apply(term, student, teacher, mask[:, None])
 
 
 def test_hints_of_other_shapes_are_not_broadcast() -> None:

@@ -18,7 +18,7 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 from torch.utils.data import DataLoader, DistributedSampler
 
 from fkd_med.data.augmentation import Augmentation, default_augmentation
-from fkd_med.data.datasets import Item, SampleReader, SegmentationDataset, collate
+from fkd_med.data.datasets import Item, Maps, SampleReader, SegmentationDataset, collate
 from fkd_med.data.geometry import ResizeMode
 from fkd_med.data.layouts import FolderPair, Layout
 from fkd_med.data.manifest import Manifest
@@ -56,6 +56,11 @@ class FederatedDataModule(L.LightningDataModule):
         test_fraction: Share of each hospital's patients kept for testing.
         on_missing: What to do about images without mask and masks without image.
         seed: Of splits, order and augmentation; null for seed_everything's.
+
+    Attributes:
+        teacher_maps: What a frozen teacher says about the training images. Set by whoever has a teacher, never by
+            configuration, and part of nothing that is saved. Training loaders made after that carry it, those of a
+            teacher's own training (round -1) and of evaluation do not.
     """
 
     def __init__(
@@ -101,6 +106,7 @@ class FederatedDataModule(L.LightningDataModule):
         self.on_missing = on_missing
         self.seed = seed
         self.manifest: Manifest
+        self.teacher_maps: Maps | None = None
         self._coding: MaskCoding | None = None
         self._records: dict[str, Record] = {}
 
@@ -148,9 +154,10 @@ class FederatedDataModule(L.LightningDataModule):
 
         Args:
             client: The client's name.
-            round: Federated round; -1 for the training of a teacher. Other rounds draw other numbers.
+            round: Federated round; -1 for the training of a teacher. Other rounds draw other numbers, and carry
+                `teacher_maps` if there are any.
         """
-        dataset = self._dataset(client, "train", augment=True)
+        dataset = self._dataset(client, "train", augment=True, maps=self.teacher_maps if round >= 0 else None)
         ids = [record.id for record in dataset.records]
         sampler = SeededSampler(ids, self._seed, round, client or "", *self._ranks())
         return self._loader(dataset, sampler, drop_last=True)
@@ -233,7 +240,12 @@ class FederatedDataModule(L.LightningDataModule):
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
 
     def _dataset(
-        self, client: str | None, split: str, augment: bool = False, original: bool = False
+        self,
+        client: str | None,
+        split: str,
+        augment: bool = False,
+        original: bool = False,
+        maps: Maps | None = None,
     ) -> SegmentationDataset:
         if client is not None:
             self._check_client(client)
@@ -244,6 +256,7 @@ class FederatedDataModule(L.LightningDataModule):
             self._reader,
             self.augmentation if augment else None,
             original,
+            maps,
         )
 
     def _evaluation_loader(self, dataset: SegmentationDataset) -> Loader:

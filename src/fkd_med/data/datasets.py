@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from fkd_med.errors import DataError
 CACHE_BYTES = 1 << 30
 Item = dict[str, Any]
 Fitted = tuple[NDArray[np.float32], NDArray[np.uint8], tuple[int, int]]
-_STACKED = ("image", "mask")
+_STACKED = ("image", "mask", "coordinates")
 
 
 class SampleReader:
@@ -71,11 +71,19 @@ class SampleReader:
         return mask
 
 
+class Maps(Protocol):
+    """What a frozen teacher says about each image, before augmentation; data workers must be able to pickle it."""
+
+    def read(self, id: str, /) -> Mapping[str, NDArray[np.float16]]:
+        """Return the map (C, h, w) of each tap for one image."""
+
+
 class SegmentationDataset(Dataset[Item]):
     """Items of a batch: image, mask, id, client and original size (and the original mask, for testing).
 
     Indexed by (index, seed), as SeededSampler yields, an item is augmented with that seed; by a plain index it
-    is not augmented.
+    is not augmented. With maps, an item also has "teacher", the map of each tap for the image as it was, and when
+    augmented "coordinates" (3, S, S): where its pixels lie in that image (see `Augmentation.with_coordinates`).
 
     Args:
         records: Images and masks.
@@ -83,6 +91,7 @@ class SegmentationDataset(Dataset[Item]):
         reader: Reads and fits them.
         augmentation: None for none.
         original: Whether items carry the mask at its original size.
+        maps: A teacher's maps of these records; None for none.
     """
 
     def __init__(
@@ -92,12 +101,19 @@ class SegmentationDataset(Dataset[Item]):
         reader: SampleReader,
         augmentation: Augmentation | None = None,
         original: bool = False,
+        maps: Maps | None = None,
     ) -> None:
         self.records = list(records)
         self.clients = list(clients)
         self.reader = reader
         self.augmentation = augmentation
         self.original = original
+        self.maps = maps
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids of the images, in order, without reading any."""
+        return [record.id for record in self.records]
 
     def __len__(self) -> int:
         return len(self.records)
@@ -106,8 +122,7 @@ class SegmentationDataset(Dataset[Item]):
         position, seed = index if isinstance(index, tuple) else (index, None)
         record = self.records[position]
         image, mask, size = self.reader.read(record)
-        if self.augmentation is not None and seed is not None:
-            image, mask = self.augmentation(image, mask, seed)
+        image, mask, coordinates = self._augment(image, mask, seed)
         item: Item = {
             "image": self.reader.preprocessing.tensor(image),
             "mask": torch.from_numpy(mask.astype(np.int64)),
@@ -115,9 +130,22 @@ class SegmentationDataset(Dataset[Item]):
             "client": self.clients[position],
             "size": size,
         }
+        if self.maps is not None:
+            item["teacher"] = {tap: torch.from_numpy(array) for tap, array in self.maps.read(record.id).items()}
+        if coordinates is not None:
+            item["coordinates"] = torch.from_numpy(coordinates)
         if self.original:
             item["original"] = torch.from_numpy(self.reader.original_mask(record, size).astype(np.int64))
         return item
+
+    def _augment(
+        self, image: NDArray[np.float32], mask: NDArray[np.uint8], seed: int | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.float32] | None]:
+        if self.augmentation is None or seed is None:
+            return image, mask, None
+        if self.maps is None:  # coordinates cost time
+            return *self.augmentation(image, mask, seed), None
+        return self.augmentation.with_coordinates(image, mask, seed)
 
 
 class PredictionDataset(Dataset[Item]):
@@ -148,10 +176,16 @@ class PredictionDataset(Dataset[Item]):
 
 
 def collate(items: Sequence[Item]) -> Item:
-    """Stack images and masks along N; everything else stays a list of N."""
+    """Stack images, masks, coordinates and the maps of each tap along N; everything else stays a list of N."""
     batch: Item = {name: [item[name] for item in items] for name in items[0]}
     for name in _STACKED:
         if name in batch:
-            # Not torch.stack: its threads wait for each other, tens of milliseconds where cores are busy.
-            batch[name] = torch.from_numpy(np.stack([tensor.numpy() for tensor in batch[name]]))
+            batch[name] = _stack(batch[name])
+    if "teacher" in batch:
+        batch["teacher"] = {tap: _stack([maps[tap] for maps in batch["teacher"]]) for tap in batch["teacher"][0]}
     return batch
+
+
+def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    # Not torch.stack: its threads wait for each other, tens of milliseconds where cores are busy.
+    return torch.from_numpy(np.stack([tensor.numpy() for tensor in tensors]))

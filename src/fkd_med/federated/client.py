@@ -21,6 +21,7 @@ from fkd_med.federated.federation import Federation
 from fkd_med.federated.inner import inner_trainer, is_trial, release
 from fkd_med.federated.progress import LossOnBar, Reporter
 from fkd_med.federated.quiet import quiet
+from fkd_med.modules import DistillationModule
 from fkd_med.modules.personal import merge
 from fkd_med.modules.schedule import RunClock
 from fkd_med.ranks import is_first_rank
@@ -104,6 +105,9 @@ class ClientWorker:
         worker = copy.deepcopy(self.module)
         worker.__dict__.pop("configure_optimizers", None)  # the server's stand-in, see FederatedTrainer
         worker.load_state_dict(merge(broadcast.state, before.personal))
+        connectors = worker.connectors if isinstance(worker, DistillationModule) else None
+        if connectors is not None:
+            connectors.load_tensors(before.connectors)
         with seeded(self.seed, broadcast.round, client), quiet():
             if self.prepare is not None:
                 self.prepare(worker, client)
@@ -118,6 +122,7 @@ class ClientWorker:
                 "trainer.accumulate_grad_batches, or trainer.limit_train_batches is 0."
             )
         state = {name: tensor.detach().cpu().clone() for name, tensor in worker.state_dict().items()}
+        keeper.after.connectors = {} if connectors is None else connectors.tensors()
         self._keep(client, broadcast.round, state, keeper.after)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if not name.endswith("_step")}
         metrics = {name.removesuffix("_epoch"): value for name, value in metrics.items()} | {"lr": rate.rate}
@@ -135,7 +140,7 @@ class ClientWorker:
 
     def _keep(self, client: str, round: int, state: dict[str, Tensor], after: ClientState) -> None:
         """Write what stays with the client."""
-        kept = after if self.federation.optimizer_state == "keep" else ClientState()
+        kept = after if self.federation.optimizer_state == "keep" else ClientState(connectors=after.connectors)
         personal = self.federation.personal_names(list(state))
         kept.personal = {name: state[name] for name in state if name in personal}
         if is_first_rank():
@@ -169,4 +174,5 @@ class ClientWorker:
             step=(round - 1) * steps,
             epoch=int((round - 1) * epochs),
             total_steps=federation.rounds * steps,
+            rounds=federation.rounds,
         )

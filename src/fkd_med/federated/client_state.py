@@ -1,4 +1,4 @@
-"""What a client keeps between rounds, on its own disk: optimizer state, personal tensors.
+"""What a client keeps between rounds, on its own disk: optimizer state, personal tensors, connectors.
 
 One file per client and round. A version becomes current when its round is closed by a checkpoint that names it;
 after a crash the version named by the checkpoint holds, whatever else lies there.
@@ -23,15 +23,17 @@ class ClientState:
     Args:
         optimizers: state dicts of the optimizers, if the policy keeps them.
         personal: tensors of the student that stay with the client.
+        connectors: layers between student and teacher, which never leave the client.
     """
 
     optimizers: list[dict[str, Any]] = field(default_factory=list)
     personal: dict[str, Tensor] = field(default_factory=dict)
+    connectors: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to keep."""
-        return not (self.optimizers or self.personal)
+        return not (self.optimizers or self.personal or self.connectors)
 
 
 class ClientStates:
@@ -60,7 +62,7 @@ class ClientStates:
         path = self.path(client, self.versions[client])
         try:
             stored = read_checkpoint(path)
-            return ClientState(stored["optimizers"], stored["personal"])
+            return ClientState(stored["optimizers"], stored["personal"], stored["connectors"])
         except (RunError, KeyError) as error:
             raise RunError(
                 f"The state of client {client} after round {self.versions[client]} cannot be read from {path} "

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import copy
 import difflib
-import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ from safetensors.torch import save
 from torch import nn
 
 from fkd_med.checkpoints import LastCheckpoint, SafeCheckpointIO
-from fkd_med.errors import ConfigError, RunError
+from fkd_med.errors import ConfigError
 from fkd_med.federated.client_data import ClientData
 from fkd_med.federated.inner import inner_trainer, is_trial, release
 from fkd_med.federated.progress import LossOnBar, Reporter
@@ -28,6 +25,7 @@ from fkd_med.federated.quiet import quiet
 from fkd_med.federated.teacher_files import is_whole, read_teacher
 from fkd_med.federated.teacher_key import teacher_key
 from fkd_med.files import atomic_write_bytes, atomic_write_text
+from fkd_med.locks import queued
 from fkd_med.modules import SegmentationModule, TeacherSource
 from fkd_med.ranks import is_first_rank
 from fkd_med.seeding import global_seed, seeded
@@ -85,7 +83,7 @@ class TeacherStage(TeacherSource):
         folder = self.store / f"{name}-{key[:16]}"
         path = folder / "teacher.safetensors"
         reporter = options.get("reporter") or Reporter(enabled=False)
-        with self._locked(folder):
+        with self._queued(folder / "lock"):
             if _as_rank_zero_says(is_whole(path, key)):
                 reporter.line(f"teacher of {name}: found in {folder}")
                 reporter.advance(epochs)
@@ -114,6 +112,23 @@ class TeacherStage(TeacherSource):
         network = copy.deepcopy(self.module.network)
         network.load_state_dict(read_teacher(self.files[name], name, self.module.network))
         return network
+
+    def _queued(self, path: Path) -> AbstractContextManager[None]:
+        """Let one process at a time work on a teacher; others wait, and then find it."""
+        return queued(path, f"The teacher store {self.store}") if is_first_rank() else nullcontext()
+
+    def architecture(self) -> nn.Module:
+        """Return the network that teachers are made of."""
+        return self.module.network
+
+    def digest(self, client: str | None) -> str:
+        """Return the hash of a client's teacher file; call `ensure` first."""
+        with open(self.files[client or POOLED], "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def maps_folder(self) -> Path:
+        """Return the folder of the teacher caches, beside the teachers."""
+        return self.store / "maps"
 
     # --- training ---------------------------------------------------------------------------------------------
 
@@ -166,24 +181,6 @@ class TeacherStage(TeacherSource):
         for path in (folder / "training").glob("*"):
             path.unlink()
         (folder / "training").rmdir()
-
-    @contextmanager
-    def _locked(self, folder: Path) -> Iterator[None]:
-        """Let one process at a time train this teacher; others wait and then find it."""
-        if not is_first_rank():
-            yield
-            return
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            handle = open(folder / "lock", "w")  # noqa: SIM115
-        except OSError as error:
-            raise RunError(
-                f"The teacher store {self.store} cannot be written ({error}): name another folder."
-            ) from error
-        with handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            handle.write(str(os.getpid()))
-            yield
 
 
 class TeacherCurve(L.Callback):

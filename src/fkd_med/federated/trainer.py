@@ -12,13 +12,15 @@ import lightning as L
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 
 from fkd_med.checkpoints import LastCheckpoint, SafeCheckpointIO, read_checkpoint
+from fkd_med.distillation import TeacherMaps, sample_image
 from fkd_med.errors import ConfigError
 from fkd_med.federated.federation import Federation
 from fkd_med.federated.inner import as_list, inner_flags
 from fkd_med.federated.loop import FederatedLoop
 from fkd_med.federated.progress import Reporter
 from fkd_med.federated.quiet import quiet
-from fkd_med.modules import DistillationModule
+from fkd_med.modules import DistillationModule, TeacherSource
+from fkd_med.modules.teacher_cache import Surroundings, ensure_maps
 from fkd_med.rundir import RunDir
 
 # Callbacks that act on an optimizer, which the server does not have.
@@ -59,6 +61,7 @@ class FederatedTrainer(L.Trainer):
         # A trial run must not touch the run that may lie in its folder.
         self.run_dir = RunDir(f"{self.default_root_dir}.fast-dev-run" if self.fast_dev_run else self.default_root_dir)
         self.reporter = Reporter()
+        self._maps: dict[str, TeacherMaps] = {}
         self._named_states: dict[tuple[str, int], set[tuple[str, int]]] = {}  # by checkpoint and time of writing
         if federation is not None:
             self.fit_loop = FederatedLoop(self, federation)
@@ -134,15 +137,31 @@ class FederatedTrainer(L.Trainer):
         if source is None:
             raise ConfigError("Distillation needs a teacher for each client: give model.teacher.")
         self._ensure(module, self.datamodule, list(clients))
+        if module.teacher_cache != "off":
+            self._ensure_maps(module, source, clients)
 
     def _ensure(self, module: DistillationModule, data: Any, clients: list[str | None]) -> None:
         source = module.teacher_source
         assert source is not None
         source.check_names([client for client in clients if client])
+        module.check_data(data, Surroundings.of(self))
+        image = sample_image(data)
+        if image is not None:
+            module.rehearse(image)
         epochs = 1 if self.fast_dev_run else getattr(source, "epochs", 1)
         self.reporter.begin("teachers", len(clients) * epochs)
         for client in clients:
             source.ensure(client, data, **self.teacher_options())
+        self.reporter.end()
+
+    def _ensure_maps(self, module: DistillationModule, source: TeacherSource, clients: list[str]) -> None:
+        """Let each client's teacher answer all its images once, unless it has."""
+        data, around = self.datamodule, Surroundings.of(self)
+        self.reporter.begin("teacher maps", sum(data.num_examples(client) for client in clients))
+        for client in clients:
+            maps = ensure_maps(source, client, data, module.teacher_taps, around)
+            if maps is not None:
+                self._maps[client] = maps
         self.reporter.end()
 
     def teacher_options(self) -> dict[str, Any]:
@@ -152,7 +171,7 @@ class FederatedTrainer(L.Trainer):
     def attach_teacher(self, module: L.LightningModule, client: str) -> None:
         """Give a client's copy of the module that client's teacher."""
         if isinstance(module, DistillationModule) and module.active_losses and module.teacher_source is not None:
-            module.attach_teacher(module.teacher_source.load(client))
+            module.learn_from(client, self.datamodule, self._maps.get(client))
 
     def _log_teacher(self, metrics: dict[str, float], epoch: int) -> None:
         for logger in self.loggers:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fkd_med.errors import ConfigError
 from fkd_med.losses.distillation import DistillationTerm
-from fkd_med.losses.tensors import check_maps, precise, unit
+from fkd_med.losses.pixels import Pixels
+from fkd_med.losses.tensors import blank, check_maps, mean_of_images, precise, unit
 
 
-def attention_transfer(student: Tensor, teacher: Tensor, p: int = 2) -> Tensor:
+def attention_transfer(student: Tensor, teacher: Tensor, p: int = 2, *, valid: Tensor | None = None) -> Tensor:
     """Return the mean squared difference of attention maps, each of Euclidean length 1 per image.
 
     The map is ``sum_c |f_c|^p``; the mean is over images and pixels, as in the authors' code (the paper prints the
@@ -22,36 +25,40 @@ def attention_transfer(student: Tensor, teacher: Tensor, p: int = 2) -> Tensor:
         student: logits or features (N, C, H, W).
         teacher: the same, (N, C', H, W).
         p: 2, or 4 for sharper maps.
+        valid: which pixels count, bool (N, H, W): the others might as well not exist; all of them when left out.
 
     Raises:
         ConfigError: for another p, or shapes that do not match.
     """
     _check_p(p)
-    check_maps(student, teacher)
+    check_maps(student, teacher, valid)
+    student, teacher = blank(student, valid), blank(teacher.detach(), valid)
     with torch.autocast(student.device.type, enabled=False):
-        return (_attention(precise(student), p) - _attention(precise(teacher.detach()), p)).square().mean()
+        difference = _attention(precise(student), p) - _attention(precise(teacher), p)
+        return mean_of_images(difference.square(), None if valid is None else valid.flatten(1))
 
 
 class AttentionTransfer(DistillationTerm):
-    """Match where in the image the teacher's logits are large, of either sign (AT, Zagoruyko and Komodakis 2017).
+    """Match where in the image the teacher's answers are large, of either sign (AT, Zagoruyko and Komodakis 2017).
 
     Args:
         p: power of the attention map: 2, or 4 for sharper maps.
         weight: factor beside the supervised loss; 0 turns the term off. 1e3 to 1e4 in reference code, for small
             feature maps; the raw loss is a mean over pixels of maps of length 1, so it shrinks with the image's area.
+        where: student_tap, teacher_tap, resize, connector and schedule, as in `DistillationTerm`.
 
     Raises:
         ConfigError: for another p or a negative weight.
     """
 
-    def __init__(self, p: int = 2, weight: float = 1000.0) -> None:
-        super().__init__(weight)
+    def __init__(self, p: int = 2, weight: float = 1000.0, **where: Any) -> None:
+        super().__init__(weight, **where)
         _check_p(p)
         self.p = p
 
-    def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-        """Return the raw, unweighted loss of student and teacher logits (N, K, H, W), a scalar; no mask is needed."""
-        return attention_transfer(student, teacher, self.p)
+    def __call__(self, student: Tensor, teacher: Tensor, pixels: Pixels) -> Tensor:
+        """Return the raw, unweighted loss of two maps (N, C, H, W), a scalar; no mask is needed."""
+        return attention_transfer(student, teacher, self.p, valid=pixels.valid)
 
 
 def _attention(features: Tensor, p: int) -> Tensor:

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fkd_med.errors import ConfigError
 from fkd_med.losses.distillation import DistillationTerm
 from fkd_med.losses.logit_kl import kl_map
-from fkd_med.losses.tensors import check_mask, check_temperature
+from fkd_med.losses.pixels import Pixels
+from fkd_med.losses.tensors import check_mask, check_temperature, mean_where
 
 
-def boundary_kl(student: Tensor, teacher: Tensor, mask: Tensor, band: int = 3, temperature: float = 1.0) -> Tensor:
+def boundary_kl(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor,
+    band: int = 3,
+    temperature: float = 1.0,
+    *,
+    valid: Tensor | None = None,
+) -> Tensor:
     """Return the mean of the logit KL (times temperature^2) over the pixels close to a contour of the mask.
 
     One logit is a Bernoulli distribution, K >= 2 logits a softmax, as in `logit_kl`. The mean is over the band of the
@@ -24,22 +36,25 @@ def boundary_kl(student: Tensor, teacher: Tensor, mask: Tensor, band: int = 3, t
         band: a pixel counts if another class lies within so many pixels (horizontally, vertically or diagonally), so
             the band is as wide on either side of a contour; the image's border is no contour.
         temperature: softens both distributions; above 0.
+        valid: which pixels count, bool (N, H, W): the others might as well not exist; all of them when left out.
 
     Raises:
         ConfigError: for a band below 1, a temperature not above 0, or shapes that do not match.
     """
     _check_band(band)
-    kl = kl_map(student, teacher, temperature)
+    kl = kl_map(student, teacher, temperature, valid=valid)
     check_mask(mask, student)
-    near = boundary_band(mask, band)
-    return (kl * near).sum() / near.sum().clamp_min(1)
+    return mean_where(kl, boundary_band(mask, band, valid))
 
 
-def boundary_band(mask: Tensor, band: int) -> Tensor:
+def boundary_band(mask: Tensor, band: int, valid: Tensor | None = None) -> Tensor:
     """Return where class indices (N, H, W) have another class within `band` pixels, bool (N, H, W)."""
     indices = mask.unsqueeze(1).float()
-    highest, lowest = _highest(indices, band), -_highest(-indices, band)
-    return (highest != lowest).squeeze(1)
+    if valid is None:
+        return (_highest(indices, band) != -_highest(-indices, band)).squeeze(1)
+    outside = ~valid.unsqueeze(1)
+    highest, lowest = (sign * _highest((sign * indices).masked_fill(outside, -torch.inf), band) for sign in (1, -1))
+    return (highest != lowest).squeeze(1) & valid
 
 
 class BoundaryKL(DistillationTerm):
@@ -49,20 +64,23 @@ class BoundaryKL(DistillationTerm):
         band: width of the band on either side of a contour, in pixels at working resolution; 3 to 5 is usual.
         temperature: softens both distributions, above 0; the loss is multiplied by its square.
         weight: factor beside the supervised loss; 0 turns the term off.
+        where: resize and schedule, as in `DistillationTerm`; its taps stay "logits".
 
     Raises:
-        ConfigError: for a band below 1, a temperature not above 0 or a negative weight.
+        ConfigError: for a band below 1, a temperature not above 0, a negative weight or feature taps.
     """
 
-    def __init__(self, band: int = 3, temperature: float = 2.0, weight: float = 1.0) -> None:
-        super().__init__(weight)
+    logits_only: ClassVar[bool] = True
+
+    def __init__(self, band: int = 3, temperature: float = 2.0, weight: float = 1.0, **where: Any) -> None:
+        super().__init__(weight, **where)
         _check_band(band)
         check_temperature(temperature)
         self.band, self.temperature = band, temperature
 
-    def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-        """Return the raw, unweighted loss of logits (N, K, H, W) and class indices (N, H, W), a scalar."""
-        return boundary_kl(student, teacher, mask, self.band, self.temperature)
+    def __call__(self, student: Tensor, teacher: Tensor, pixels: Pixels) -> Tensor:
+        """Return the raw, unweighted loss of logits (N, K, H, W) and the pixels' classes, a scalar."""
+        return boundary_kl(student, teacher, pixels.mask, self.band, self.temperature, valid=pixels.valid)
 
 
 def _highest(indices: Tensor, band: int) -> Tensor:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from fkd_med.errors import ConfigError
 from fkd_med.losses.distillation import DistillationTerm
-from fkd_med.losses.tensors import check_logits, check_temperature, precise
+from fkd_med.losses.pixels import Pixels
+from fkd_med.losses.tensors import check_maps, check_temperature, mean_where, precise
 
 
-def cwd(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
+def cwd(student: Tensor, teacher: Tensor, temperature: float = 4.0, *, valid: Tensor | None = None) -> Tensor:
     """Return the channel-wise distillation loss: each channel is a distribution over the pixels of its image.
 
     ``T^2 / C sum_c sum_i phi_t log(phi_t / phi_s)``, phi the softmax of a channel over space, averaged over the
@@ -21,38 +25,52 @@ def cwd(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
         student: logits or features (N, C, H, W).
         teacher: the same of the same shape.
         temperature: softens both distributions; above 0.
+        valid: which pixels count, bool (N, H, W): the others might as well not exist; all of them when left out.
 
     Raises:
         ConfigError: for a temperature not above 0, or shapes that differ.
     """
     check_temperature(temperature)
-    check_logits(student, teacher)
+    check_maps(student, teacher, valid)
+    if student.shape[1] != teacher.shape[1]:
+        raise ConfigError(
+            f"Distillation: CWD compares channel with channel, and the student's maps {tuple(student.shape)} have "
+            f"{student.shape[1]}, the teacher's {tuple(teacher.shape)} {teacher.shape[1]}."
+        )
     with torch.autocast(student.device.type, enabled=False):
-        log_p, log_q = (_log_softmax(x, temperature) for x in (teacher.detach(), student))
+        log_p, log_q = (_log_softmax(x, temperature, valid) for x in (teacher.detach(), student))
         kl = (log_p.exp() * (log_p - log_q)).sum(dim=2)  # (N, C)
-        return temperature**2 * kl.mean()
+        if valid is None:
+            return temperature**2 * kl.mean()
+        return temperature**2 * mean_where(kl.mean(dim=1), valid.flatten(1).any(dim=1))
 
 
 class CWD(DistillationTerm):
-    """Match, channel by channel, where in the image the teacher's logits are high (Shu et al. 2021).
+    """Match, channel by channel, where in the image the teacher's answers are high (Shu et al. 2021).
 
     Args:
         temperature: softens both distributions, above 0; the loss is multiplied by its square.
-        weight: factor beside the supervised loss; 0 turns the term off. The paper's is 3 for logits.
+        weight: factor beside the supervised loss; 0 turns the term off. The paper's is 3 for logits, 50 for features.
+        where: student_tap, teacher_tap, resize, connector and schedule, as in `DistillationTerm`.
 
     Raises:
         ConfigError: for a temperature not above 0 or a negative weight.
     """
 
-    def __init__(self, temperature: float = 4.0, weight: float = 3.0) -> None:
-        super().__init__(weight)
+    def __init__(self, temperature: float = 4.0, weight: float = 3.0, **where: Any) -> None:
+        super().__init__(weight, **where)
         check_temperature(temperature)
         self.temperature = temperature
 
-    def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-        """Return the raw, unweighted loss of student and teacher logits (N, K, H, W), a scalar; no mask is needed."""
-        return cwd(student, teacher, self.temperature)
+    def __call__(self, student: Tensor, teacher: Tensor, pixels: Pixels) -> Tensor:
+        """Return the raw, unweighted loss of two maps (N, C, H, W), a scalar; no mask is needed."""
+        return cwd(student, teacher, self.temperature, valid=pixels.valid)
 
 
-def _log_softmax(x: Tensor, temperature: float) -> Tensor:
-    return (precise(x).flatten(2) / temperature).log_softmax(dim=2)  # (N, C, H * W)
+def _log_softmax(x: Tensor, temperature: float, valid: Tensor | None) -> Tensor:
+    scaled = precise(x).flatten(2) / temperature  # (N, C, H * W)
+    if valid is not None:
+        # Its exponential is 0, yet it is finite, so that 0 times it is 0; half of it can be shifted without overflow.
+        nowhere = torch.finfo(scaled.dtype).min / 2
+        scaled = torch.where(valid.flatten(1).unsqueeze(1), scaled, nowhere)
+    return scaled.log_softmax(dim=2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +10,20 @@ from torch import Tensor
 
 from fkd_med.errors import ConfigError
 from fkd_med.losses.distillation import DistillationTerm
-from fkd_med.losses.tensors import check_logits, check_temperature, precise
+from fkd_med.losses.pixels import Pixels
+from fkd_med.losses.tensors import blank, check_logits, check_temperature, mean_where, precise
 
 Reduction = Literal["pixel", "mean", "batchmean"]
 
 
-def logit_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, reduction: Reduction = "pixel") -> Tensor:
+def logit_kl(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float = 1.0,
+    reduction: Reduction = "pixel",
+    *,
+    valid: Tensor | None = None,
+) -> Tensor:
     """Return temperature^2 times the Kullback-Leibler divergence of teacher and student, KL(teacher || student).
 
     One logit is a Bernoulli distribution per pixel, K >= 2 logits are a softmax over the channels; both are softened
@@ -29,19 +37,21 @@ def logit_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, reducti
         temperature: softens both distributions; above 0.
         reduction: "pixel", the mean over N, H and W (default); "mean", over N, K, H and W, K times smaller, as in the
             published FKD-Med code; "batchmean", the sum over pixels averaged over N only, H * W times larger.
+        valid: which pixels count, bool (N, H, W): the others might as well not exist; all of them when left out.
 
     Raises:
         ConfigError: for a temperature not above 0, an unknown reduction, or shapes that differ.
     """
-    return _reduce(kl_map(student, teacher, temperature), student.shape[1], reduction)
+    return _reduce(kl_map(student, teacher, temperature, valid=valid), student.shape[1], reduction, valid)
 
 
-def kl_map(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return temperature^2 KL(teacher || student) of each pixel (N, H, W); arguments and errors as in `logit_kl`."""
+def kl_map(student: Tensor, teacher: Tensor, temperature: float = 1.0, *, valid: Tensor | None = None) -> Tensor:
+    """Return temperature^2 KL(teacher || student) of each pixel (N, H, W), 0 outside of `valid`; as in `logit_kl`."""
     check_temperature(temperature)
-    check_logits(student, teacher)
+    check_logits(student, teacher, valid)
+    student, teacher = blank(student, valid), blank(teacher.detach(), valid)
     with torch.autocast(student.device.type, enabled=False):
-        return temperature**2 * _divergence(precise(teacher.detach()) / temperature, precise(student) / temperature)
+        return temperature**2 * _divergence(precise(teacher) / temperature, precise(student) / temperature)
 
 
 class LogitKL(DistillationTerm):
@@ -52,20 +62,25 @@ class LogitKL(DistillationTerm):
         weight: factor beside the supervised loss; 0 turns the term off.
         reduction: "pixel" is the mean over pixels; "mean" (also over classes) and "batchmean" (sum over pixels) are
             for parity with other code: 1 : 1/K : H*W.
+        where: resize and schedule, as in `DistillationTerm`; its taps stay "logits".
 
     Raises:
-        ConfigError: for a temperature not above 0, a negative weight or an unknown reduction.
+        ConfigError: for a temperature not above 0, a negative weight, an unknown reduction or feature taps.
     """
 
-    def __init__(self, temperature: float = 2.0, weight: float = 1.0, reduction: Reduction = "pixel") -> None:
-        super().__init__(weight)
+    logits_only: ClassVar[bool] = True
+
+    def __init__(
+        self, temperature: float = 2.0, weight: float = 1.0, reduction: Reduction = "pixel", **where: Any
+    ) -> None:
+        super().__init__(weight, **where)
         check_temperature(temperature)
         _check_reduction(reduction)
         self.temperature, self.reduction = temperature, reduction
 
-    def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    def __call__(self, student: Tensor, teacher: Tensor, pixels: Pixels) -> Tensor:
         """Return the raw, unweighted loss of student and teacher logits (N, K, H, W), a scalar; no mask is needed."""
-        return logit_kl(student, teacher, self.temperature, self.reduction)
+        return logit_kl(student, teacher, self.temperature, self.reduction, valid=pixels.valid)
 
 
 def _divergence(teacher: Tensor, student: Tensor) -> Tensor:
@@ -78,11 +93,12 @@ def _divergence(teacher: Tensor, student: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(dim=1)
 
 
-def _reduce(kl: Tensor, classes: int, reduction: str) -> Tensor:
+def _reduce(kl: Tensor, classes: int, reduction: str, valid: Tensor | None) -> Tensor:
     _check_reduction(reduction)
     if reduction == "batchmean":
-        return kl.sum() / kl.shape[0]
-    return kl.mean() / classes if reduction == "mean" else kl.mean()
+        return kl.sum() / kl.shape[0]  # the pixels that do not count are 0
+    mean = kl.mean() if valid is None else mean_where(kl, valid)
+    return mean / classes if reduction == "mean" else mean
 
 
 def _check_reduction(reduction: str) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.nn import functional
 
-from fkd_med.errors import ConfigError, TrainingError
-from fkd_med.losses import DistillationTerm, LogitKL, supervised_loss
+from fkd_med.distillation import Connectors, Taps, TeacherMaps, match, rehearse, sample_image
+from fkd_med.errors import ConfigError
+from fkd_med.losses import LOGITS, DistillationTerm, LogitKL, Pixels, supervised_loss
 from fkd_med.modules.segmentation import SegmentationModule
 from fkd_med.modules.teacher import TeacherSource, Teaching, freeze
-from fkd_med.networks import forward_padded
+from fkd_med.modules.teacher_cache import Surroundings, check_carries, ensure_maps, refuse_non_finite
+from fkd_med.seeding import global_seed, seeded
+
+TeacherCache = Literal["off", "logits", "taps"]
 
 
 class DistillationModule(SegmentationModule):
@@ -32,6 +35,8 @@ class DistillationModule(SegmentationModule):
         optimizer: called with the parameters, afresh in every round of a federation.
         scheduler: called with the optimizer; it spans the whole run, whatever the number of rounds.
         scheduler_interval: the unit in which the scheduler counts.
+        teacher_cache: ``logits`` asks the teacher once per training image and keeps its logits on disk; ``taps`` keeps
+            tapped features too; ``off`` runs the teacher at every step, on the augmented image.
     """
 
     def __init__(
@@ -44,22 +49,57 @@ class DistillationModule(SegmentationModule):
         optimizer: OptimizerCallable = torch.optim.Adam,
         scheduler: LRSchedulerCallable | None = None,
         scheduler_interval: str = "step",
+        teacher_cache: TeacherCache = "logits",
     ) -> None:
         super().__init__(network, loss, optimizer, scheduler, scheduler_interval)
         self._teaching = Teaching(teacher)
+        self._student_taps: Taps | None = None
+        self._is_rehearsed = False
+        self.connectors = Connectors()
         self.model_name = "student"
         self.losses = dict(losses) if losses is not None else {"logit_kl": LogitKL()}
         self.supervised_weight = supervised_weight
+        self.teacher_cache = teacher_cache
+        self._check()
+
+    def _check(self) -> None:
         odd = [name for name in self.losses if not re.fullmatch(r"\w+", name, re.ASCII)]
         if odd:
             raise ConfigError(f"model.losses: {', '.join(odd)} names a term; use letters, digits and '_' only.")
-        if supervised_weight == 0 and not self.active_losses:
-            raise ConfigError("Every weight of the loss is 0: give model.supervised_weight or a term of model.losses.")
+        if self.supervised_weight == 0:
+            idle = [share for share in range(101) if not self.weights_at(share / 100)]
+            if not self.active_losses:
+                raise ConfigError(
+                    "Every weight of the loss is 0: give model.supervised_weight or a term of model.losses."
+                )
+            if idle:
+                raise ConfigError(
+                    f"After {idle[0]} % of the run every weight of the loss is 0, by the schedules of model.losses: "
+                    "give model.supervised_weight, or let a term stay."
+                )
+        tapping = [name for name, term in self.active_losses.items() if term.teacher_tap != LOGITS]
+        if self.teacher_cache == "logits" and tapping:
+            raise ConfigError(
+                f"model.losses.{tapping[0]} taps features of the teacher, and model.teacher_cache: logits keeps only "
+                "its logits. Set it to taps (they may need much disk; the size is said before), or to off."
+            )
+
+    # --- what is distilled, and from whom -----------------------------------------------------------------------
 
     @property
     def active_losses(self) -> dict[str, DistillationTerm]:
         """The distillation terms whose weight is not 0."""
         return {name: term for name, term in self.losses.items() if term.weight != 0}
+
+    def weights_at(self, progress: float) -> dict[str, float]:
+        """Return the weights that are not 0 when this share of the run has passed, 0 to 1, by term."""
+        weights = {name: term.weight_at(progress) for name, term in self.losses.items()}
+        return {name: weight for name, weight in weights.items() if weight != 0}
+
+    @property
+    def teacher_taps(self) -> list[str]:
+        """What the terms need of a teacher besides its logits."""
+        return sorted({term.teacher_tap for term in self.active_losses.values()} - {LOGITS})
 
     @property
     def teacher_source(self) -> TeacherSource | None:
@@ -73,67 +113,166 @@ class DistillationModule(SegmentationModule):
 
     def attach_teacher(self, teacher: nn.Module | None) -> None:
         """Take a teacher to learn from; it is frozen. ``None`` lets go of the last one."""
-        self._teaching.network = None if teacher is None else freeze(teacher)
+        self._teaching.attach(None if teacher is None else freeze(teacher))
+
+    def check_data(self, data: Any, around: Surroundings) -> None:
+        """Refuse data whose batches cannot carry the cached maps that the configuration asks for.
+
+        Raises:
+            ConfigError: says what the data module lacks.
+        """
+        source = self.teacher_source
+        if self.teacher_cache != "off" and source is not None and source.maps_folder() and not around.is_trial:
+            check_carries(data)
+
+    def learn_from(self, client: str | None, data: Any, maps: TeacherMaps | None) -> None:
+        """Take a client's teacher: its cached maps, which training batches of `data` then bring, or the network.
+
+        Args:
+            client: the client; None is the pool of all. The source has its teacher (`TeacherSource.ensure`).
+            data: the data module.
+            maps: the cached maps (`ensure_maps`); None for a teacher that runs at every step.
+        """
+        source = self.teacher_source
+        assert source is not None
+        self._teaching.is_cached = maps is not None
+        if maps is not None or hasattr(data, "teacher_maps"):
+            data.teacher_maps = maps
+        self.attach_teacher(source.load(client) if maps is None else None)
+
+    # --- before and after training ------------------------------------------------------------------------------
+
+    def rehearse(self, image: Tensor, teacher: nn.Module | None = None) -> None:
+        """Check by one dry pass that all taps exist and all terms can compare what they get; build the connectors.
+
+        Args:
+            image: one image (1, C, H, W).
+            teacher: a network of the teacher's architecture; the source's or the attached one when left out.
+
+        Raises:
+            ConfigError: names the term, the taps and the shapes, or the modules nearest to a wrong tap.
+        """
+        architecture = self.teacher_source.architecture() if self.teacher_source is not None else None
+        teacher = teacher or self.teacher or architecture
+        if teacher is None:
+            return
+        with seeded(global_seed(), "connectors"):
+            found = rehearse(self.network, teacher, self.active_losses, image)
+        for name in found.connectors.keys() - self.connectors.keys():
+            self.connectors[name] = found.connectors[name].to(self.device)
+        self._is_rehearsed = True
+
+    def setup(self, stage: str) -> None:
+        """Make the dry pass before training outside a federation; the server of one has made it for its clients."""
+        super().setup(stage)
+        if stage != "fit" or self._learns_elsewhere or self._is_rehearsed:
+            return
+        data = getattr(self.trainer, "datamodule", None)
+        if self.teacher is None:
+            self.check_data(data, Surroundings.of(self.trainer))
+        image = sample_image(data)
+        if image is not None:
+            self.rehearse(image)
+        missing = [n for n, t in self.active_losses.items() if t.connector is not None and n not in self.connectors]
+        if missing:
+            raise ConfigError(
+                f"model.losses.{missing[0]} has a connector, whose size nobody knows yet: call rehearse(image) of the "
+                "module before fit, or train with fkd_med.data.FederatedDataModule."
+            )
+
+    @property
+    def _learns_elsewhere(self) -> bool:
+        """The server of a federation learns from nobody; its clients bring their teachers."""
+        return not self.active_losses or getattr(self.trainer, "federation", None) is not None
 
     def on_fit_start(self) -> None:
-        """Outside a federation, get the teacher of the data that is trained on, then move it to the device."""
-        if not self.active_losses or getattr(self.trainer, "federation", None) is not None:
-            return  # the server of a federation learns from nobody; its clients bring their teachers
-        if self.teacher is None:
-            self._attach_from_source()
-        assert self.teacher is not None
-        self.attach_teacher(self.teacher.to(self.device))
+        """Outside a federation, get the teacher of the data that is trained on; move it to the device."""
+        if self._learns_elsewhere:
+            return
+        if self.teacher is None and not self._teaching.is_cached:
+            self._learn_from_source()
+        if self.teacher is not None:
+            self.attach_teacher(self.teacher.to(self.device))
 
-    def _attach_from_source(self) -> None:
+    def _learn_from_source(self) -> None:
         source = self.teacher_source
         if source is None:
             raise ConfigError("Distillation needs a teacher: give model.teacher, or use SegmentationModule.")
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        trainer = self.trainer
+        data = trainer.datamodule  # type: ignore[attr-defined]
         client = getattr(data, "client", None)
         source.check_names([client] if client else [])
-        source.ensure(client, data, **getattr(self.trainer, "teacher_options", dict)())
-        self.attach_teacher(source.load(client))
+        source.ensure(client, data, **getattr(trainer, "teacher_options", dict)())
+        maps = None
+        if self.teacher_cache != "off":
+            maps = ensure_maps(source, client, data, self.teacher_taps, Surroundings.of(trainer))
+        self.learn_from(client, data, maps)
 
     def on_fit_end(self) -> None:
-        """Let the device forget the teacher."""
+        """Take the hooks off, and let the device and the data forget the teacher."""
+        if self._student_taps is not None:
+            self._student_taps.remove()
+            self._student_taps = None
+        if self._learns_elsewhere:
+            return
         if self.teacher is not None:
             self.attach_teacher(self.teacher.cpu())
+        self._teaching.is_cached = False
+        if (data := getattr(self.trainer, "datamodule", None)) is not None:
+            data.teacher_maps = None
+
+    # --- training -----------------------------------------------------------------------------------------------
 
     def loss_terms(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return the weighted supervised loss and distillation terms of a batch."""
-        logits = self(batch["image"])
-        terms = {}
+        weights = self.weights_at(self._progress())
+        if self._student_taps is None:
+            self._student_taps = Taps(self.network, [t.student_tap for t in self.active_losses.values()], "the student")
+        shown = self._student_taps(batch["image"], self)
+        logits, terms = shown[LOGITS], {}
         if self.supervised_weight != 0:
             terms["supervised"] = self.supervised_weight * supervised_loss(self.loss, logits, batch["mask"])
-        if active := self.active_losses:
-            taught = self.teach(batch, logits)
-            for name, term in active.items():
-                raw = term(logits, taught, batch["mask"])
-                self.log(f"train/{name}_raw", raw.detach(), batch_size=len(logits), on_epoch=True)
-                terms[name] = term.weight * raw
+        answers = self.teach(batch) if weights else {}
+        pixels = Pixels(batch["mask"], max(2, logits.shape[1]))
+        for name, weight in weights.items():
+            term = self.losses[name]
+            ours, theirs = shown[term.student_tap], answers[term.teacher_tap]
+            raw = term(*match(term, ours, theirs, pixels, batch.get("coordinates"), self.connectors.of(name)))
+            self.log(f"train/{name}_raw", raw.detach(), batch_size=len(logits), on_epoch=True)
+            terms[name] = weight * raw
         return terms
 
-    def teach(self, batch: dict[str, Any], like: Tensor) -> Tensor:
-        """Return the teacher's logits for a batch, at the student's resolution, without gradients.
+    def _progress(self) -> float:
+        """Return the share of the run that has passed: of its rounds, or of its epochs outside a federation."""
+        if self.clock.round:
+            return self.clock.progress
+        if self._trainer is None or not self.trainer.max_epochs or self.trainer.max_epochs < 2:
+            return 0.0
+        return min(1.0, self.trainer.current_epoch / (self.trainer.max_epochs - 1))
+
+    def teach(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the teacher's maps for a batch by tap, without gradients: those it brings, or the teacher's answers.
 
         Raises:
             TrainingError: the teacher answers with NaN or infinity; the images are named.
-            ConfigError: teacher and student have different numbers of classes.
         """
-        assert self.teacher is not None
+        if "teacher" in batch:
+            cached: dict[str, Tensor] = batch["teacher"]
+            return cached
         with torch.no_grad():
-            logits = forward_padded(self.teacher, batch["image"])
-        if logits.shape[1] != like.shape[1]:
-            raise ConfigError(
-                f"The teacher has {logits.shape[1]} output channels and the student {like.shape[1]}: "
-                "give both networks the same `classes`."
-            )
-        bad = [name for name, ok in zip(batch["id"], torch.isfinite(logits).flatten(1).all(1), strict=True) if not ok]
-        if bad:
-            raise TrainingError(
-                f"The teacher of client {batch['client'][0]} answers with NaN or infinity for {', '.join(bad[:4])}: "
-                "train it again (delete it from the teacher store) or look at these images."
-            )
-        if logits.shape[2:] != like.shape[2:]:
-            logits = functional.interpolate(logits, size=like.shape[2:], mode="bilinear", align_corners=False)
-        return logits.detach()
+            maps = self._teaching.taps(self.teacher_taps)(batch["image"])
+        refuse_non_finite(maps, batch)
+        return maps
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the connectors, for a resume of a run without federation; those of a federation stay with its clients."""
+        super().on_save_checkpoint(checkpoint)
+        if len(self.connectors) and not self._learns_elsewhere:
+            checkpoint["fkd_med"]["connectors"] = self.connectors.tensors()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the connectors back."""
+        super().on_load_checkpoint(checkpoint)
+        self.connectors.load_tensors(checkpoint.get("fkd_med", {}).get("connectors", {}))

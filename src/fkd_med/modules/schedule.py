@@ -24,12 +24,19 @@ class RunClock:
         step: optimizer steps a client that took part in every round has done before this training.
         epoch: the same in epochs.
         total_steps: optimizer steps of the whole run for one client.
+        rounds: rounds of the whole run.
     """
 
     round: int = 0
     step: int = 0
     epoch: int = 0
     total_steps: int | None = None
+    rounds: int = 0
+
+    @property
+    def progress(self) -> float:
+        """The share of the run that has passed: 0 in the first round, 1 in the last."""
+        return min(1.0, (self.round - 1) / (self.rounds - 1)) if self.round > 0 and self.rounds > 1 else 0.0
 
 
 class WarmupCosine(LambdaLR):

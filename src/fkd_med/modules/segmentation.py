@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -30,6 +31,15 @@ def is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(is_plain(v) for v in value)
     return isinstance(value, PLAIN)
+
+
+def as_written(value: Any) -> Any:
+    """Return a value as a configuration file would have it: functions by their import path."""
+    if isinstance(value, Mapping):
+        return {key: as_written(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_written(v) for v in value]
+    return f"{value.__module__}.{value.__qualname__}" if isinstance(value, FunctionType) else value
 
 
 def predict_classes(logits: Tensor) -> Tensor:
@@ -96,8 +106,10 @@ class SegmentationModule(LightningModule):
         with warnings.catch_warnings():  # Lightning advises to ignore modules, which is what happens below
             warnings.filterwarnings("ignore", ".*is already saved during checkpointing.*")
             self.save_hyperparameters(logger=False)
-        for name in [name for name, value in self.hparams.items() if not is_plain(value)]:
-            del self.hparams[name]
+        for name, value in list(self.hparams.items()):
+            self.hparams[name] = as_written(value)
+            if not is_plain(self.hparams[name]):
+                del self.hparams[name]
         self._hparams_initial = dict(self.hparams)
 
     def forward(self, image: Tensor) -> Tensor:

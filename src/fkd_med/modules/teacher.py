@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+
+from fkd_med.distillation import Taps
+from fkd_med.errors import ConfigError
 
 
 class TeacherSource(ABC):
@@ -29,6 +34,22 @@ class TeacherSource(ABC):
     def load(self, client: str | None) -> nn.Module:
         """Return the client's teacher network, on the CPU. Call `ensure` first."""
 
+    def architecture(self) -> nn.Module | None:
+        """Return a network like those `load` returns, trained or not, to check taps on before any training."""
+        return None
+
+    def digest(self, client: str | None) -> str:
+        """Return a hash of the weights of a client's teacher. Call `ensure` first."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.load(client).state_dict().items()):
+            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # numpy knows no bfloat16
+            digest.update(name.encode() + raw.numpy().tobytes())
+        return digest.hexdigest()
+
+    def maps_folder(self) -> Path | None:
+        """Return where a client's teacher cache may be kept; None keeps none, and the teacher runs at every step."""
+        return None
+
 
 def freeze(teacher: nn.Module) -> nn.Module:
     """Put a teacher into eval mode without gradients: its BatchNorm never updates again."""
@@ -48,7 +69,27 @@ class Teaching:
     def __init__(self, source: TeacherSource | None, network: nn.Module | None = None) -> None:
         self.source = source
         self.network = network
+        self.is_cached = False  # batches bring the teacher's maps, so no network is needed
+        self._taps: Taps | None = None
+
+    def attach(self, network: nn.Module | None) -> None:
+        """Take another network, or none, and take the hooks off the last one."""
+        if self._taps is not None:
+            self._taps.remove()
+            self._taps = None
+        self.network = network
+
+    def taps(self, paths: list[str]) -> Taps:
+        """Return the network with these taps."""
+        if self.network is None:
+            raise ConfigError("Distillation needs a teacher: give model.teacher, or attach_teacher(network).")
+        if self._taps is None or self._taps.paths != paths:
+            self.attach(self.network)
+            self._taps = Taps(self.network, paths, f"the teacher {type(self.network).__name__}")
+        return self._taps
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teaching:
         """Copy the holder, not what it holds."""
-        return Teaching(self.source, self.network)
+        copied = Teaching(self.source, self.network)
+        copied.is_cached = self.is_cached
+        return copied

@@ -1,6 +1,6 @@
 """Segmentation networks: teachers, the student, and what lets any other backbone take their place."""
 
-from fkd_med.networks.padding import forward_padded, size_divisor
+from fkd_med.networks.padding import forward_padded, padded_size, size_divisor
 from fkd_med.networks.resunet import ResUNet
 from fkd_med.networks.spec import ALLOWED_PACKAGES, count_parameters, network_from_spec
 from fkd_med.networks.student import PARAMETER_BOUND, SlimUNet
@@ -15,5 +15,6 @@ __all__ = [
     "count_parameters",
     "forward_padded",
     "network_from_spec",
+    "padded_size",
     "size_divisor",
 ]

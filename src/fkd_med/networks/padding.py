@@ -21,6 +21,12 @@ def size_divisor(network: nn.Module) -> int:
     return int(own or stride or 1)
 
 
+def padded_size(network: nn.Module, height: int, width: int) -> tuple[int, int]:
+    """Return the height and width at which a network sees images of this height and width."""
+    divisor = size_divisor(network)
+    return height + -height % divisor, width + -width % divisor
+
+
 def forward_padded(network: nn.Module, x: Tensor) -> Tensor:
     """Return the raw logits (N, K, H, W) of `network` for images (N, C, H, W) of any H and W.
 
@@ -32,8 +38,8 @@ def forward_padded(network: nn.Module, x: Tensor) -> Tensor:
         ConfigError: when the network returns something else than logits of the size of its input.
     """
     height, width = x.shape[-2:]
-    divisor = size_divisor(network)
-    bottom, right = -height % divisor, -width % divisor
+    padded_height, padded_width = padded_size(network, height, width)
+    bottom, right = padded_height - height, padded_width - width
     padded = F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x
     logits = network(padded)
     if isinstance(logits, (tuple, list)) and logits:

@@ -1,0 +1,205 @@
+"""The teacher cache: a frozen teacher answers each training image once, not in every epoch of every round.
+
+Its maps lie in a file beside the teachers, found again by a key of the images, the preprocessing, the teacher's
+weights and the taps; several runs, all data workers and all ranks read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fkd_med.distillation import Taps, TeacherMaps, maps_bytes, write_maps
+from fkd_med.errors import ConfigError, TrainingError
+from fkd_med.locks import queued
+from fkd_med.losses import LOGITS
+from fkd_med.modules.teacher import TeacherSource, freeze
+from fkd_med.ranks import is_first_rank
+
+Answers = Iterator[tuple[str, dict[str, NDArray[np.float32]]]]
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """How teachers run in this run.
+
+    Args:
+        device: where.
+        autocast: gives the context of the run's precision.
+        precision: its name, part of the key.
+        reporter: shows progress: ``line``, ``show`` and ``advance``.
+        barrier: waits for the other ranks.
+        is_trial: a trial run (``fast_dev_run``) sees so few images that no cache is made.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    precision: str = "32-true"
+    reporter: Any = None
+    barrier: Callable[[], Any] = lambda: None
+    is_trial: bool = False
+
+    @classmethod
+    def of(cls, trainer: L.Trainer) -> Surroundings:
+        """Return those of a Trainer whose strategy is set up."""
+        return cls(
+            device=trainer.strategy.root_device,
+            autocast=trainer.precision_plugin.forward_context,
+            precision=str(trainer.precision),
+            reporter=getattr(trainer, "reporter", None),
+            barrier=trainer.strategy.barrier,
+            is_trial=bool(getattr(trainer, "fast_dev_run", False)),
+        )
+
+
+def ensure_maps(
+    source: TeacherSource, client: str | None, data: Any, taps: Sequence[str], around: Surroundings
+) -> TeacherMaps | None:
+    """Return a client's cached teacher maps, made first if there are none; None if there can be none.
+
+    None means that the source keeps no maps, or a trial run.
+
+    Args:
+        source: the teacher's source, after ``ensure`` of this client.
+        client: the client; None is the pool of all.
+        data: the data module, after ``setup``; see `check_carries`.
+        taps: what is needed of the teacher besides its logits.
+        around: device, precision, progress.
+
+    Raises:
+        TrainingError: the teacher answers with NaN or infinity; the image is named.
+        RunError: the maps cannot be written: disk full, folder read-only.
+    """
+    store = source.maps_folder()
+    if store is None or around.is_trial:
+        return None
+    key, description = cache_key(source, client, data, taps, around.precision)
+    folder = store / f"{client or 'all-clients'}-{key[:16]}"
+    if is_first_rank():
+        with queued(store / f".{folder.name}.lock", f"The teacher cache {store}"):
+            if TeacherMaps.open(folder, key) is None:
+                _build(source, client, data, taps, around, folder, key, description)
+            elif around.reporter is not None:
+                around.reporter.advance(image_count(data, client))
+    around.barrier()
+    return TeacherMaps.open(folder, key)
+
+
+def cache_key(
+    source: TeacherSource, client: str | None, data: Any, taps: Sequence[str], precision: str
+) -> tuple[str, dict[str, Any]]:
+    """Return the key of a client's maps and, readable, what went into it."""
+    architecture = source.architecture()
+    description = {
+        "images": data.fingerprint(client),
+        "teacher": source.digest(client),
+        "network": None if architecture is None else hashlib.sha256(str(architecture).encode()).hexdigest(),
+        "taps": sorted({LOGITS, *taps}),
+        "precision": precision,
+    }
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest(), description
+
+
+def check_carries(data: Any) -> None:
+    """Refuse a data module whose batches cannot carry teacher maps.
+
+    Raises:
+        ConfigError: says what it lacks.
+    """
+    lacks = [name for name in ("teacher_maps", "client_train_eval_dataloader") if not hasattr(data, name)]
+    if lacks:
+        raise ConfigError(
+            f"{type(data).__name__} cannot carry cached teacher maps (it lacks {' and '.join(lacks)}): set "
+            "model.teacher_cache: off, or use fkd_med.data.FederatedDataModule."
+        )
+
+
+def image_count(data: Any, client: str | None) -> int:
+    """Return how many images a client's cache holds."""
+    return sum(data.num_examples(name) for name in ([client] if client else data.client_names()))
+
+
+def _build(
+    source: TeacherSource, client: str | None, data: Any, taps: Sequence[str], around: Surroundings,
+    folder: Path, key: str, description: dict[str, Any],
+) -> None:  # fmt: skip
+    loader = _every_image_once(data.client_train_eval_dataloader(client))
+    ids = _ids(loader.dataset)
+    network = freeze(source.load(client)).to(around.device)
+    tapped = Taps(network, taps, f"the teacher {type(network).__name__}")
+    try:
+        shapes = _shapes(tapped, loader.dataset[0]["image"][None], around)
+        if around.reporter is not None:
+            size = maps_bytes(len(ids), shapes) / 1e6
+            around.reporter.line(
+                f"teacher maps of {client or 'all clients'}: {len(ids)} images, {size:,.1f} MB in {folder}"
+            )
+        write_maps(folder, key, description, ids, shapes, _answers(tapped, loader, client, around))
+    finally:
+        tapped.remove()
+        network.cpu()
+
+
+def _ids(dataset: Any) -> list[str]:
+    """Return the ids of a data set's images; ours tells them without reading the images."""
+    told = getattr(dataset, "ids", None)
+    return [str(name) for name in told] if told else [str(dataset[index]["id"]) for index in range(len(dataset))]
+
+
+def _every_image_once(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Return a loader of the same images without a distributed sampler, which shares them out and pads."""
+    return DataLoader(
+        loader.dataset,
+        batch_size=loader.batch_size,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        generator=torch.Generator().manual_seed(0),  # else a loader draws from torch's own
+    )
+
+
+def _run(taps: Taps, image: Tensor, around: Surroundings) -> dict[str, Tensor]:
+    with torch.no_grad(), around.autocast():
+        return {tap: maps.float() for tap, maps in taps(image.to(around.device)).items()}
+
+
+def _shapes(taps: Taps, image: Tensor, around: Surroundings) -> dict[str, tuple[int, int, int]]:
+    return {tap: (m.shape[1], m.shape[2], m.shape[3]) for tap, m in _run(taps, image, around).items()}
+
+
+def _answers(taps: Taps, loader: DataLoader[Any], client: str | None, around: Surroundings) -> Answers:
+    """Yield each image's id and maps."""
+    for batch in loader:
+        maps = _run(taps, batch["image"], around)
+        refuse_non_finite(maps, batch)
+        arrays = {tap: values.cpu().numpy() for tap, values in maps.items()}
+        for position, name in enumerate(batch["id"]):
+            yield str(name), {tap: values[position] for tap, values in arrays.items()}
+        if around.reporter is not None:
+            around.reporter.show(f"teacher maps · {client or 'all clients'}")
+            around.reporter.advance(len(batch["id"]))
+
+
+def refuse_non_finite(maps: dict[str, Tensor], batch: dict[str, Any]) -> None:
+    """Refuse a teacher's maps (N, C, h, w) with NaN or infinity in them.
+
+    Raises:
+        TrainingError: names the client and the images.
+    """
+    fine = torch.stack([torch.isfinite(values).flatten(1).all(1) for values in maps.values()]).all(0)
+    if bad := [str(name) for name, ok in zip(batch["id"], fine.tolist(), strict=True) if not ok]:
+        raise TrainingError(
+            f"The teacher of client {batch['client'][0]} answers with NaN or infinity for {', '.join(bad[:4])}: "
+            "train it again (delete it from the teacher store) or look at these images."
+        )
