@@ -48,7 +48,7 @@ from fkd_med.losses import (
 from fkd_med.modules import DistillationModule, SegmentationModule
 from fkd_med.networks import ResUNet, SlimUNet, TransUNet
 
-TAPS = {"ResUNet": ("decoder.3", "decoder.1"), "TransUNet": ("decoder.3", "decoder.2")}  # student's, teacher's: 1/2
+TAPS = {"ResUNet": ("decoder.2", "decoder.0"), "TransUNet": ("decoder.2", "decoder.1")}  # of student, teacher: 1/4
 TEACHERS: dict[str, Callable[[int], nn.Module]] = {
     "ResUNet": lambda size: ResUNet(),
     "TransUNet": lambda size: TransUNet(img_size=size),
@@ -200,8 +200,8 @@ def _fkd(folder: str, options: argparse.Namespace, label: str, *arguments: str) 
     """Run `fkd fit` on phantom hospitals in a new process; return its seconds and its peak memory in MB."""
     base = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
     network = ["--model.teacher.module.network", f"fkd_med.networks.{options.teacher}"]
-    if options.teacher == "TransUNet":
-        network += ["--model.teacher.module.network.img_size", str(options.sizes[0])]
+    full = ("width", 64) if options.teacher == "ResUNet" else ("img_size", options.sizes[0])  # quickstart's is narrow
+    network += [f"--model.teacher.module.network.{full[0]}", str(full[1])]
     command = [
         sys.executable, "-m", "fkd_med", "fit", "--config", str(base), *network, "--model.teacher.epochs", "1",
         "--data.root", f"{folder}/phantoms", "--model.teacher.store", f"{folder}/teachers",
@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--live-turns", type=int, default=3, help="live steps are slow, and their ratio is large")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--teacher", choices=sorted(TEACHERS), default="ResUNet", help="of the whole run")
-    parser.add_argument("--rounds", type=int, default=10, help="of the whole run")
+    parser.add_argument("--rounds", type=int, default=20, help="of the whole run")
     options = parser.parse_args()
     if options.what != "run":
         for name in options.teachers:

@@ -6,6 +6,7 @@ Networks are built on torch's meta device, where a TransUNet costs no memory; no
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from building import BASE, CONFIGS, Built, build
 from fkd_med.cli import main
-from fkd_med.losses import DistillationTerm
+from fkd_med.losses import DistillationTerm, WeightSchedule
 from fkd_med.modules import DistillationModule
 from fkd_med.networks import PARAMETER_BOUND, count_parameters, forward_padded
 
@@ -53,6 +54,13 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 def terms(file: str) -> dict[str, Any]:
     return content(CONFIGS / file)["model"]["init_args"]["losses"]
+
+
+def written(value: Any) -> Any:
+    """Return a setting as a file would have it."""
+    if not isinstance(value, WeightSchedule):
+        return value
+    return {"class_path": f"fkd_med.losses.{type(value).__name__}", "init_args": vars(value)}
 
 
 def logits(network: torch.nn.Module, data: Any) -> tuple[int, ...]:
@@ -117,7 +125,7 @@ def test_losses_are_the_terms_of_their_file(file: str, base: str) -> None:
     for term, spec in wanted.items():
         found = built.model.losses[term]
         assert type(found).__name__ == spec["class_path"].rpartition(".")[2]
-        assert {key: getattr(found, key) for key in spec["init_args"]} == spec["init_args"]
+        assert {key: written(getattr(found, key)) for key in spec["init_args"]} == spec["init_args"]
 
 
 def test_every_distillation_term_has_a_file() -> None:
@@ -136,9 +144,12 @@ def test_overlay_applies(overlay: str) -> None:
     before, after = base(), leaves(dump(build(BASE, overlay)))
     wanted = leaves(content(CONFIGS / overlay))
     changed = {key: value for key, value in after.items() if before.get(key) != value}
-    # Networks that depend on the image size follow it.
-    assert {key: value for key, value in changed.items() if not key.endswith("network.init_args.img_size")} == {
-        plain(key): value for key, value in wanted.items() if before.get(plain(key)) != value
+    said = {plain(key): value for key, value in wanted.items()}
+    # Networks that depend on the image size follow it; a new term brings the defaults of what it does not say.
+    follows = {key for key in changed if key.endswith("network.init_args.img_size")}
+    follows |= {key for key in changed if re.search(r"losses\.\w+\.init_args\.(\w+_tap|resize|connector)$", key)}
+    assert {key: value for key, value in changed.items() if key in said or key not in follows} == {
+        key: value for key, value in said.items() if before.get(key) != value
     }
     assert changed, f"{overlay} repeats what {BASE} says"
 

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from fkd_med.data import Phantoms
+
 PROGRAM = """
 import os, sys
 sys.path.insert(0, {folder!r})
@@ -21,7 +23,9 @@ import torch
 torch.set_num_threads(1)
 import lightning as L
 from conftest import Hospitals, distilled, student, teacher_stage, trainer, weights
+from fkd_med.data import FederatedDataModule
 from fkd_med.federated import Federation
+from fkd_med.losses import HintMSE, LogitKL
 
 rank = int(os.environ.get("LOCAL_RANK", 0))
 L.seed_everything(7, verbose=False)
@@ -36,12 +40,12 @@ def spy(event, arguments):
 sys.addaudithook(spy)
 
 def run(name, module, rounds=2, ckpt=None, **recipe):
-    options = recipe.pop("trainer", {{}})
+    options, recipe_data = recipe.pop("trainer", {{}}), recipe.pop("data", None)
     made = trainer(
         __import__("pathlib").Path(root) / name, Federation(rounds=rounds, **recipe), strategy="ddp", devices=2,
         **options,
     )
-    data = Hospitals({{"a": 8, "b": 16, "c": 24}})
+    data = recipe_data or Hospitals({{"a": 8, "b": 16, "c": 24}})
     made.fit(module, datamodule=data, ckpt_path=ckpt)
     state, own = weights(module), module.personal.by_client
     state |= {{f"own-{{client}}/{{name}}": tensor for client in own for name, tensor in own[client].items()}}
@@ -60,12 +64,17 @@ stage = teacher_stage(f"{{root}}/teachers", epochs=1)
 run("taught", distilled(None, source=stage), rounds=1)
 run("again", distilled(None, source=teacher_stage(f"{{root}}/teachers", epochs=1)), rounds=1)
 run("trial", distilled(None, source=stage), trainer={{"fast_dev_run": True}})
+losses = {{"kd": LogitKL(), "hint": HintMSE(student_tap="1", teacher_tap="2")}}
+phantoms = FederatedDataModule(f"{{root}}/phantoms", image_size=16, batch_size=4, seed=3)
+cached = distilled(None, source=teacher_stage(f"{{root}}/cached", epochs=1), losses=losses, teacher_cache="taps")
+run("cached", cached, data=phantoms)
 open(f"{{root}}/written-{{os.environ['LOCAL_RANK']}}", "w").write("\\n".join(written))
 """
 
 
 @pytest.mark.slow
 def test_two_processes_hold_one_model(tmp_path) -> None:
+    Phantoms(hospitals=2, images=16, size=16).prepare(tmp_path / "phantoms")
     script = tmp_path / "run.py"
     script.write_text(PROGRAM.format(folder=str(Path(__file__).parent), root=str(tmp_path)))
     environment = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "PL_GLOBAL_SEED")}
@@ -73,7 +82,7 @@ def test_two_processes_hold_one_model(tmp_path) -> None:
         [sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=environment, check=False
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
-    for name in ("plain", "keep", "resumed", "alone", "unseen", "taught", "again", "trial"):
+    for name in ("plain", "keep", "resumed", "alone", "unseen", "taught", "again", "trial", "cached"):
         one, other = (load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1))
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one), name

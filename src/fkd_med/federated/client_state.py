@@ -62,7 +62,7 @@ class ClientStates:
         path = self.path(client, self.versions[client])
         try:
             stored = read_checkpoint(path)
-            return ClientState(stored["optimizers"], stored["personal"], stored["connectors"])
+            return ClientState(stored["optimizers"], stored["personal"], stored.get("connectors", {}))
         except (RunError, KeyError) as error:
             raise RunError(
                 f"The state of client {client} after round {self.versions[client]} cannot be read from {path} "

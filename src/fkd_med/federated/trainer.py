@@ -99,6 +99,8 @@ class FederatedTrainer(L.Trainer):
             with serving(model), quiet():
                 super().fit(model, *args, **kwargs)
         finally:
+            if hasattr(self.datamodule, "teacher_maps"):  # the next fit with these data may have other teachers
+                self.datamodule.teacher_maps = None
             if self.fast_dev_run and self.is_global_zero:
                 shutil.rmtree(self.run_dir.path, ignore_errors=True)
 

@@ -17,7 +17,7 @@ from fkd_med.modules.teacher import TeacherSource, Teaching, freeze
 from fkd_med.modules.teacher_cache import Surroundings, check_carries, ensure_maps, refuse_non_finite
 from fkd_med.seeding import global_seed, seeded
 
-TeacherCache = Literal["off", "logits", "taps"]
+TeacherCache = Literal["off", "logits", "taps", False]  # False: what YAML makes of an unquoted off
 
 
 class DistillationModule(SegmentationModule):
@@ -59,7 +59,7 @@ class DistillationModule(SegmentationModule):
         self.model_name = "student"
         self.losses = dict(losses) if losses is not None else {"logit_kl": LogitKL()}
         self.supervised_weight = supervised_weight
-        self.teacher_cache = teacher_cache
+        self.teacher_cache = teacher_cache or "off"
         self._check()
 
     def _check(self) -> None:
@@ -158,8 +158,9 @@ class DistillationModule(SegmentationModule):
             return
         with seeded(global_seed(), "connectors"):
             found = rehearse(self.network, teacher, self.active_losses, image)
-        for name in found.connectors.keys() - self.connectors.keys():
-            self.connectors[name] = found.connectors[name].to(self.device)
+        for name, layer in found.connectors.items():  # in the order of the terms, on every rank and in every run
+            if name not in self.connectors:
+                self.connectors[name] = layer.to(self.device)
         self._is_rehearsed = True
 
     def setup(self, stage: str) -> None:
@@ -233,11 +234,12 @@ class DistillationModule(SegmentationModule):
         if self.supervised_weight != 0:
             terms["supervised"] = self.supervised_weight * supervised_loss(self.loss, logits, batch["mask"])
         answers = self.teach(batch) if weights else {}
+        coordinates = batch.get("coordinates") if "teacher" in batch else None  # a live teacher saw this very image
         pixels = Pixels(batch["mask"], max(2, logits.shape[1]))
         for name, weight in weights.items():
             term = self.losses[name]
             ours, theirs = shown[term.student_tap], answers[term.teacher_tap]
-            raw = term(*match(term, ours, theirs, pixels, batch.get("coordinates"), self.connectors.of(name)))
+            raw = term(*match(term, ours, theirs, pixels, coordinates, self.connectors.of(name)))
             self.log(f"train/{name}_raw", raw.detach(), batch_size=len(logits), on_epoch=True)
             terms[name] = weight * raw
         return terms
