@@ -49,8 +49,14 @@ def test_modes_and_statistics_are_as_before() -> None:
 @pytest.mark.parametrize(
     ("terms", "words"),
     [
-        ({"at": AttentionTransfer(student_tap="decodr.0")}, "the student SlimUNet has no module 'decodr.0'.*decoder.0"),
-        ({"at": AttentionTransfer(teacher_tap="bridje")}, "the teacher ResUNet has no module 'bridje'.*bridge"),
+        (
+            {"at": AttentionTransfer(student_tap="decodr.0")},
+            "model.losses.at.student_tap: the student SlimUNet has no module 'decodr.0'.*decoder.0",
+        ),
+        (
+            {"at": AttentionTransfer(teacher_tap="bridje")},
+            "model.losses.at.teacher_tap: the teacher ResUNet has no module 'bridje'.*bridge",
+        ),
         (
             {"cw": CWD(student_tap="decoder.0", teacher_tap="bridge")},
             r"model.losses.cw \(CWD\) cannot compare the student's decoder.0 \(1, 30, 2, 2\) with the teacher's bridge "

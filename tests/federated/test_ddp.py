@@ -74,7 +74,7 @@ open(f"{{root}}/written-{{os.environ['LOCAL_RANK']}}", "w").write("\\n".join(wri
 
 @pytest.mark.slow
 def test_two_processes_hold_one_model(tmp_path) -> None:
-    Phantoms(hospitals=2, images=16, size=16).prepare(tmp_path / "phantoms")
+    Phantoms(hospitals=2, images=16, size=32).prepare(tmp_path / "phantoms")
     script = tmp_path / "run.py"
     script.write_text(PROGRAM.format(folder=str(Path(__file__).parent), root=str(tmp_path)))
     environment = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "PL_GLOBAL_SEED")}

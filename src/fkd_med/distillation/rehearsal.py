@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fkd_med.distillation.matching import match
-from fkd_med.distillation.taps import Taps
+from fkd_med.distillation.taps import Taps, find_module
 from fkd_med.errors import ConfigError
 from fkd_med.losses import LOGITS, DistillationTerm, Pixels
 
@@ -45,6 +45,10 @@ def rehearse(student: nn.Module, teacher: nn.Module, terms: Mapping[str, Distill
         ConfigError: names the term and what is wrong: a tap that does not exist (with the nearest modules), or maps
             that cannot be compared (with both taps and shapes).
     """
+    for name, term in terms.items():
+        for side, network, tap in (("student", student, term.student_tap), ("teacher", teacher, term.teacher_tap)):
+            if tap != LOGITS:
+                find_module(network, tap, f"model.losses.{name}.{side}_tap: the {side} {_name(network)}")
     shown = {
         "student": _look(student, [t.student_tap for t in terms.values()], f"the student {_name(student)}", image),
         "teacher": _look(teacher, [t.teacher_tap for t in terms.values()], f"the teacher {_name(teacher)}", image),

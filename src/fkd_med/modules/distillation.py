@@ -17,7 +17,7 @@ from fkd_med.modules.teacher import TeacherSource, Teaching, freeze
 from fkd_med.modules.teacher_cache import Surroundings, check_carries, ensure_maps, refuse_non_finite
 from fkd_med.seeding import global_seed, seeded
 
-TeacherCache = Literal["off", "logits", "taps", False]  # False: what YAML makes of an unquoted off
+TeacherCache = Literal["off", "logits", "taps"]
 
 
 class DistillationModule(SegmentationModule):
@@ -49,7 +49,7 @@ class DistillationModule(SegmentationModule):
         optimizer: OptimizerCallable = torch.optim.Adam,
         scheduler: LRSchedulerCallable | None = None,
         scheduler_interval: str = "step",
-        teacher_cache: TeacherCache = "logits",
+        teacher_cache: TeacherCache | Literal[False] = "logits",  # False: what YAML makes of an unquoted off
     ) -> None:
         super().__init__(network, loss, optimizer, scheduler, scheduler_interval)
         self._teaching = Teaching(teacher)

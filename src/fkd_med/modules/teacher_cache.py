@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from fkd_med.distillation import Taps, TeacherMaps, maps_bytes, write_maps
 from fkd_med.errors import ConfigError, TrainingError
+from fkd_med.evaluation.tables import human_bytes
 from fkd_med.locks import queued
 from fkd_med.losses import LOGITS
 from fkd_med.modules.teacher import TeacherSource, freeze
@@ -92,6 +93,7 @@ def ensure_maps(
             if TeacherMaps.open(folder, key) is None:
                 _build(source, client, data, taps, around, folder, key, description)
             elif around.reporter is not None:
+                around.reporter.line(f"teacher maps of {client or 'all clients'}: found in {folder}")
                 around.reporter.advance(image_count(data, client))
     around.barrier()
     return TeacherMaps.open(folder, key)
@@ -142,10 +144,8 @@ def _build(
     try:
         shapes = _shapes(tapped, loader.dataset[0]["image"][None], around)
         if around.reporter is not None:
-            size = maps_bytes(len(ids), shapes) / 1e6
-            around.reporter.line(
-                f"teacher maps of {client or 'all clients'}: {len(ids)} images, {size:,.1f} MB in {folder}"
-            )
+            size = human_bytes(maps_bytes(len(ids), shapes))
+            around.reporter.line(f"teacher maps of {client or 'all clients'}: {len(ids)} images, {size} in {folder}")
         write_maps(folder, key, description, ids, shapes, _answers(tapped, loader, client, around))
     finally:
         tapped.remove()
