@@ -6,7 +6,6 @@ Networks are built on torch's meta device, where a TransUNet costs no memory; no
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -145,9 +144,9 @@ def test_overlay_applies(overlay: str) -> None:
     wanted = leaves(content(CONFIGS / overlay))
     changed = {key: value for key, value in after.items() if before.get(key) != value}
     said = {plain(key): value for key, value in wanted.items()}
-    # Networks that depend on the image size follow it; a new term brings the defaults of what it does not say.
+    # Networks that depend on the image size follow it; a class brings the defaults of what is not said.
     follows = {key for key in changed if key.endswith("network.init_args.img_size")}
-    follows |= {key for key in changed if re.search(r"losses\.\w+\.init_args\.(\w+_tap|resize|connector)$", key)}
+    follows |= {key for key in changed if key.rpartition(".init_args.")[0] + ".class_path" in said}
     assert {key: value for key, value in changed.items() if key in said or key not in follows} == {
         key: value for key, value in said.items() if before.get(key) != value
     }

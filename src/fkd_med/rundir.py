@@ -1,8 +1,8 @@
 """The run directory: what lies where, and who may write there.
 
-``runs/<name>/{config.yaml, manifest.csv, journal/, checkpoints/, clients/<client>/, ledger.csv, images.csv,
-metrics.csv, pictures/, student.ckpt}``, with a marker ``.fkd-run`` that says it is ours and ``.fkd-lock`` while a
-process works in it. Only rank 0 creates, locks and writes.
+``runs/<name>/{config.yaml, manifest.csv, journal/, checkpoints/, clients/<client>/, ledger.csv, absences.csv,
+images.csv, metrics.csv, pictures/, student.ckpt}``, with a marker ``.fkd-run`` that says it is ours and ``.fkd-lock``
+while a process works in it. Only rank 0 creates, locks and writes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _MARKER = ".fkd-run"
 _LOCK = ".fkd-lock"
 _FOLDERS = ("journal", "checkpoints", "clients", "pictures")
 # Removed by --overwrite, in this order: once the first are gone, nobody can resume what is left of the old run.
-_OURS = ("checkpoints", "journal", "student.ckpt", "clients", "ledger.csv", "images.csv", "metrics.csv", "pictures",
-         "report.md", "manifest.csv", "config.yaml", "wandb-id.txt")  # fmt: skip
+_OURS = ("checkpoints", "journal", "student.ckpt", "clients", "ledger.csv", "absences.csv", "images.csv",
+         "metrics.csv", "pictures", "report.md", "manifest.csv", "config.yaml", "wandb-id.txt")  # fmt: skip
 _BASELINE = "local"  # the run inside a run in which every client trains alone
 
 
@@ -75,6 +75,11 @@ class RunDir:
     def ledger(self) -> Path:
         """Bytes that travelled."""
         return self.path / "ledger.csv"
+
+    @property
+    def absences(self) -> Path:
+        """Clients whose update is missing in a round, and why."""
+        return self.path / "absences.csv"
 
     @property
     def images(self) -> Path:

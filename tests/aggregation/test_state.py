@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from fkd_med.aggregation import add, assert_finite, cast_like, identical, subtract
+from fkd_med.aggregation import (
+    add,
+    assert_finite,
+    cast_like,
+    delta_norm,
+    identical,
+    is_buffer,
+    parameter_names,
+    subtract,
+)
 from fkd_med.errors import TrainingError
 
 
@@ -43,3 +53,23 @@ def test_finite_means_every_element_whatever_their_sum() -> None:
     for bad in ([inf, -inf], [float("nan"), 1.0], [1.0, inf]):
         with pytest.raises(TrainingError, match="x: tensor 'w'"):
             assert_finite({"w": torch.tensor(bad)}, "x")
+
+
+def test_parameters_are_told_from_statistics_by_name() -> None:
+    norms = nn.ModuleDict({"a": nn.BatchNorm2d(3), "b": nn.InstanceNorm2d(3, affine=True, track_running_stats=True)})
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), norms["a"], nn.GroupNorm(1, 3), norms["b"])
+    buffers = {name for name, _ in net.named_buffers()}
+    assert {name for name in net.state_dict() if is_buffer(name)} == buffers
+    assert parameter_names(net.state_dict()) == [name for name, _ in net.named_parameters()]
+    assert parameter_names({"n": torch.tensor(3), "running_var": torch.ones(2), "w": torch.ones(2).half()}) == ["w"]
+    assert not is_buffer("running_var.weight")
+
+
+def test_the_norm_of_a_change_is_that_of_all_its_numbers() -> None:
+    state = {"a": torch.tensor([3.0, 1.0]), "b": torch.tensor(5.0), "c": torch.zeros(0)}
+    base = {"a": torch.tensor([0.0, 1.0]), "b": torch.tensor(1.0), "c": torch.zeros(0)}
+    assert delta_norm(state, base, ["a", "b", "c"]) == 5.0
+    assert delta_norm(state, base, ["a"]) == 3.0
+    assert delta_norm(state, base, []) == 0.0
+    far = {"w": torch.tensor([1e8 + 8, 1e8])}
+    assert delta_norm(far, {"w": torch.tensor([1e8, 1e8])}, ["w"]) == 8.0

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from fkd_med.checkpoints import LastCheckpoint
+from fkd_med.communication import Packing
 from fkd_med.data.datasets import collate
 from fkd_med.data.sampling import SeededSampler
 from fkd_med.federated import FederatedTrainer, Federation, TeacherStage
@@ -225,14 +226,12 @@ def _silence() -> Iterator[None]:
 @pytest.fixture
 def captured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Every broadcast and update that is encoded, as it went out."""
-    from fkd_med.federated import exchange
-
     messages: list[Any] = []
-    encode: Callable[[Any], bytes] = exchange.encode
+    pack: Callable[..., Any] = Packing.pack
 
-    def spy(message: Any) -> bytes:
+    def spy(self: Packing, message: Any, *args: Any, **kwargs: Any) -> Any:
         messages.append(message)
-        return encode(message)
+        return pack(self, message, *args, **kwargs)
 
-    monkeypatch.setattr(exchange, "encode", spy)
+    monkeypatch.setattr(Packing, "pack", spy)
     return messages

@@ -24,7 +24,8 @@ torch.set_num_threads(1)
 import lightning as L
 from conftest import Hospitals, distilled, student, teacher_stage, trainer, weights
 from fkd_med.data import FederatedDataModule
-from fkd_med.federated import Federation
+from fkd_med.aggregation import Scaffold
+from fkd_med.federated import FedProx, Federation, ScaffoldRule
 from fkd_med.losses import HintMSE, LogitKL
 
 rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -59,6 +60,10 @@ run("keep", student(), optimizer_state="keep", fraction=0.5)
 run("resumed", student(), rounds=1)
 run("resumed", student(), rounds=2, ckpt=f"{{root}}/resumed/checkpoints/last.ckpt")
 run("alone", student(), aggregator=None)
+rules = {{"aggregator": Scaffold(), "client_rules": [ScaffoldRule()], "batch_norm": "local"}}
+plain = lambda parameters: torch.optim.SGD(parameters, lr=0.05)
+run("scaffold", student(optimizer=plain), **rules)
+run("prox", student(), client_rules=[FedProx(1.0)], frozen=["network.0.bias"])
 run("unseen", student(), trainer={{"limit_val_batches": 0}})
 stage = teacher_stage(f"{{root}}/teachers", epochs=1)
 run("taught", distilled(None, source=stage), rounds=1)
@@ -82,7 +87,8 @@ def test_two_processes_hold_one_model(tmp_path) -> None:
         [sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=environment, check=False
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
-    for name in ("plain", "keep", "resumed", "alone", "unseen", "taught", "again", "trial", "cached"):
+    runs = "plain keep resumed alone scaffold prox unseen taught again trial cached"
+    for name in runs.split():
         one, other = (load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1))
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one), name

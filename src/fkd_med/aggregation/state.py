@@ -7,13 +7,41 @@ number of threads nor on vector width.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fkd_med.communication import State
 from fkd_med.errors import TrainingError
+
+BUFFERS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
+
+
+def is_buffer(name: str) -> bool:
+    """Return whether a tensor of this name is a BatchNorm statistic or counter, by the names PyTorch gives them.
+
+    A state does not say what is a parameter. What is measured must be averaged, never extrapolated: a step of
+    momentum could make a variance negative.
+    """
+    return name.rpartition(".")[2] in BUFFERS
+
+
+def parameter_names(state: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of what an optimizer may step: floating tensors that are no `is_buffer`, in their order."""
+    return [name for name, tensor in state.items() if tensor.is_floating_point() and not is_buffer(name)]
+
+
+def delta_norm(state: Mapping[str, Tensor], base: Mapping[str, Tensor], names: Collection[str]) -> float:
+    """Return the Euclidean norm of ``state - base`` over the tensors `names`, in float64; 0 for none."""
+    return math.sqrt(math.fsum(_squares(state[name], base[name]) for name in names))
+
+
+def _squares(one: Tensor, other: Tensor) -> float:
+    # NumPy sums in one order; torch splits a sum among its threads, which would show in the bits.
+    difference = one.detach().double() - other.detach().double()
+    return float(np.sum(difference.square_().contiguous().numpy()))
 
 
 def assert_same_structure(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], owner: str) -> None:
@@ -91,12 +119,15 @@ class WeightedMean:
     """
 
     def __init__(self) -> None:
-        self.weight = 0
+        self.weight: float = 0
         self.count = 0
         self._mean: State = {}
 
-    def add(self, state: Mapping[str, Tensor], weight: int) -> None:
-        """Take in one state of positive integer `weight`; names and shapes must be those of the first."""
+    def add(self, state: Mapping[str, Tensor], weight: float) -> None:
+        """Take in one state of positive `weight`; names and shapes must be those of the first.
+
+        A lazy mapping that makes its tensors as they are asked for keeps memory at one of them.
+        """
         self.weight += weight
         self.count += 1
         for name, tensor in state.items():
@@ -106,6 +137,10 @@ class WeightedMean:
             else:
                 mean = self._mean[name]
                 mean.add_(value.sub_(mean).mul_(weight / self.weight))
+
+    def values(self) -> State:
+        """Return the mean in float64, which the caller may change; empty before the first `add`."""
+        return self._mean
 
     def result(self, like: Mapping[str, Tensor]) -> State:
         """Return the mean in the dtypes of `like`; at least one state must have been added."""

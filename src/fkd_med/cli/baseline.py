@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import yaml
@@ -53,9 +52,8 @@ def _write_configuration(run: RunDir, federated: RunDir) -> None:
 
 def _trainer(trainer: FederatedTrainer, run: RunDir) -> FederatedTrainer:
     """Return a trainer with the same hardware, recipe and limits, but nobody to send to."""
-    federation = copy.copy(trainer.federation)
-    assert federation is not None
-    federation.aggregator, federation.local_baseline = None, False
+    assert trainer.federation is not None
+    federation = trainer.federation.alone()
     kept = ("limit_val_batches", "limit_test_batches", "check_val_every_n_epoch")
     flags = {name: trainer.flags[name] for name in kept if trainer.flags.get(name) is not None}
     best = ModelCheckpoint(dirpath=run.checkpoints, filename="best-{step}", monitor="val/dice", mode="max")

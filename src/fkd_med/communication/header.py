@@ -19,6 +19,7 @@ KEY = "fkd"  # one metadata key only: safetensors does not promise the order of 
 MAX_HEADER = 8 * 2**20  # bytes; a header takes about 100 per tensor, so this is room for 80 000 tensors
 MAX_COUNT = 2**53
 COUNTS = {"broadcast": ("round",), "update": ("round", "attempt", "num_examples", "num_steps")}
+NOTES = {"packing": re.compile(r"[ -~]{1,4000}"), "reference": re.compile(r"[0-9a-f]{16}")}  # how it was packed
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 _SECTION = re.compile(r"[a-z][a-z0-9_-]{0,63}")
@@ -82,11 +83,14 @@ def check_fields(fields: dict[str, Any]) -> None:
     if not isinstance(kind, str) or kind not in COUNTS:
         raise MalformedError(f"its kind is {shown(kind)}")
     keys = {"version", "kind", "sections", *COUNTS[kind], *(("client", "metrics") if kind == "update" else ())}
-    if fields.keys() != keys:
+    if fields.keys() - NOTES.keys() != keys:
         raise MalformedError(f"a {kind} has {sorted(keys)}, not {shown(sorted(fields))}")
     for name in COUNTS[kind]:
         if not _is_count(fields[name]):
             raise MalformedError(f"its {name} is {shown(fields[name])}, not a count")
+    for name in fields.keys() & NOTES.keys():
+        if not isinstance(fields[name], str) or not NOTES[name].fullmatch(fields[name]):
+            raise MalformedError(f"its {name} is {shown(fields[name])}")
     sections = fields["sections"]
     if not isinstance(sections, list) or not all(isinstance(s, str) and _SECTION.fullmatch(s) for s in sections):
         raise MalformedError(f"its sections are {shown(sections)}, not short lower-case names")

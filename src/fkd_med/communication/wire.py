@@ -19,6 +19,7 @@ from fkd_med.communication.header import (
     COUNTS,
     KEY,
     NOT_FINITE,
+    NOTES,
     VERSION,
     MalformedError,
     check_fields,
@@ -45,16 +46,20 @@ DTYPES = {
 }
 
 
-def encode(message: Broadcast | Update) -> bytes:
+def encode(message: Broadcast | Update, notes: Mapping[str, str] | None = None) -> bytes:
     """Return the bytes of `message`: what really travels, equal for equal messages.
 
     Tensors may be of any device, strides or shared memory; their dtypes must be those of `DTYPES`.
+
+    Args:
+        message: what to send.
+        notes: how its state was packed, if it was (see `packing`); only `decode_packed` reads such a message.
 
     Raises:
         ConfigError: a tensor's dtype, a count, or the name of a tensor, section, metric or client cannot travel.
     """
     try:
-        fields = _fields(message)
+        fields = _fields(message) | dict(notes or {})
         check_fields(fields)
         tensors = _portable(dict(_named_tensors(message)))
     except MalformedError as error:
@@ -70,19 +75,36 @@ def decode(data: bytes, sender: str = "a peer") -> Broadcast | Update:
         sender: whom an error names.
 
     Raises:
-        TrainingError: the bytes are truncated, malformed, of another version, or carry impossible values.
+        TrainingError: the bytes are truncated, malformed, of another version, packed, or carry impossible values.
+    """
+    message, notes = decode_packed(data, sender)
+    if notes:
+        raise TrainingError(
+            f"A message from {sender} is packed as {shown(notes.get('packing'))}, and this side expects it as it is. "
+            "Use the same federation settings on all sides."
+        )
+    return message
+
+
+def decode_packed(data: bytes, sender: str = "a peer") -> tuple[Broadcast | Update, dict[str, str]]:
+    """Return the message in `data` as it travelled, its state perhaps packed, and the notes on how it was packed.
+
+    Raises:
+        TrainingError: as `decode` does.
     """
     try:
         header, _ = read_header(data, set(DTYPES))
-        return _build(read_fields(header), _load(data))
+        fields = read_fields(header)
+        return _build(fields, _load(data)), {name: fields[name] for name in sorted(fields.keys() & NOTES.keys())}
     except MalformedError as error:
-        raise _unreadable(sender, error) from error
+        raise unreadable(sender, error) from error
 
 
 def section_bytes(data: bytes, sender: str = "a peer") -> dict[str, int]:
     """Return the bytes of each part of an encoded message: ``header``, ``state``, ``extras:<section>``.
 
-    They add up to ``len(data)``. The header holds names, shapes, counts and metrics.
+    They add up to ``len(data)``. The header holds names, shapes, counts and metrics. What was packed or compressed
+    counts as it travels.
 
     Raises:
         TrainingError: `data` is no message.
@@ -90,7 +112,7 @@ def section_bytes(data: bytes, sender: str = "a peer") -> dict[str, int]:
     try:
         header, length = read_header(data, set(DTYPES))
     except MalformedError as error:
-        raise _unreadable(sender, error) from error
+        raise unreadable(sender, error) from error
     sizes = {"header": length, "state": 0}
     for name in sorted(header.keys() - {"__metadata__"}):
         group, _, rest = name.partition("/")
@@ -159,7 +181,8 @@ def _portable(tensors: State) -> State:
     return portable
 
 
-def _unreadable(sender: str, error: MalformedError) -> TrainingError:
+def unreadable(sender: str, error: MalformedError) -> TrainingError:
+    """Return what to tell the user about a malformed message from `sender`."""
     return TrainingError(
         f"A message from {sender} cannot be read: {error}. It was damaged on its way, or the two sides run "
         "different versions of fkd-med."

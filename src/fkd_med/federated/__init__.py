@@ -1,9 +1,29 @@
-"""Federated training: the round recipe, the trainer that runs it, clients and their teachers."""
+"""Rounds of a federation: the recipe, who takes part, the Trainer whose epochs they are, a client's part, teachers."""
 
+from fkd_med.federated.chaos import Chaos
 from fkd_med.federated.client import ClientWorker
 from fkd_med.federated.client_data import ClientData
 from fkd_med.federated.federation import Federation
+from fkd_med.federated.participation import Availability, ByWeight, Fraction, Number, Participation, RoundRobin
+from fkd_med.federated.rules import ClientRule, FedNovaRule, FedProx, ScaffoldRule
 from fkd_med.federated.teachers import TeacherStage
 from fkd_med.federated.trainer import FederatedTrainer
 
-__all__ = ["ClientData", "ClientWorker", "FederatedTrainer", "Federation", "TeacherStage"]
+__all__ = [
+    "Availability",
+    "ByWeight",
+    "Chaos",
+    "ClientData",
+    "ClientRule",
+    "ClientWorker",
+    "FedNovaRule",
+    "FedProx",
+    "FederatedTrainer",
+    "Federation",
+    "Fraction",
+    "Number",
+    "Participation",
+    "RoundRobin",
+    "ScaffoldRule",
+    "TeacherStage",
+]

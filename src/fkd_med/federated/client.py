@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from fkd_med.communication import Broadcast, Update
+from fkd_med.communication import Broadcast, Extras, Update
 from fkd_med.errors import ConfigError
 from fkd_med.federated.client_data import ClientData
 from fkd_med.federated.client_state import ClientState, ClientStates
@@ -99,12 +99,16 @@ class ClientWorker:
 
         Raises:
             TrainingError: the loss is not finite; names client, round and batch.
-            ConfigError: not one optimizer step was done.
+            ConfigError: not one optimizer step was done, or a rule does not go with the optimizer.
         """
         before = self.states.load(client)
         worker = copy.deepcopy(self.module)
         worker.__dict__.pop("configure_optimizers", None)  # the server's stand-in, see FederatedTrainer
-        worker.load_state_dict(merge(broadcast.state, before.personal))
+        worker.load_state_dict(merge(merge(worker.state_dict(), broadcast.state), before.personal))
+        self.federation.policy.freeze(worker)
+        rules = [] if self.federation.is_local else copy.deepcopy(self.federation.client_rules)
+        for rule in rules:
+            rule.begin(broadcast, before.rules.get(type(rule).__name__, {}))
         connectors = worker.connectors if isinstance(worker, DistillationModule) else None
         if connectors is not None:
             connectors.load_tensors(before.connectors)
@@ -114,7 +118,7 @@ class ClientWorker:
             loader = self.data.client_train_dataloader(client, broadcast.round)
             worker.clock = self._clock(broadcast.round, loader)  # type: ignore[assignment]
             keeper, rate = KeepOptimizers(before), LearningRateNote()
-            trainer = self._trainer(client, broadcast.round, [keeper, rate])
+            trainer = self._trainer(client, broadcast.round, [keeper, rate, *rules])
             trainer.fit(worker, loader)
         if trainer.global_step == 0:
             raise ConfigError(
@@ -123,7 +127,13 @@ class ClientWorker:
             )
         state = {name: tensor.detach().cpu().clone() for name, tensor in worker.state_dict().items()}
         keeper.after.connectors = {} if connectors is None else connectors.tensors()
-        self._keep(client, broadcast.round, state, keeper.after)
+        sent = {name: state[name] for name in self.federation.policy.travelling(worker)}
+        extras: Extras = {}
+        for rule in rules:
+            sections, keeper.after.rules[type(rule).__name__] = rule.end(sent)
+            extras |= sections
+        stay = self.federation.policy.staying(worker)
+        self._keep(client, broadcast.round, {name: state[name] for name in state if name in stay}, keeper.after)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if not name.endswith("_step")}
         metrics = {name.removesuffix("_epoch"): value for name, value in metrics.items()} | {"lr": rate.rate}
         steps = trainer.global_step
@@ -132,19 +142,21 @@ class ClientWorker:
             client=client,
             round=broadcast.round,
             attempt=attempt,
-            state=state,
+            state=sent,
+            extras=extras,
             num_examples=self.data.num_examples(client),
             num_steps=steps,
             metrics=metrics,
         )
 
-    def _keep(self, client: str, round: int, state: dict[str, Tensor], after: ClientState) -> None:
+    def _keep(self, client: str, round: int, personal: dict[str, Tensor], after: ClientState) -> None:
         """Write what stays with the client."""
-        kept = after if self.federation.optimizer_state == "keep" else ClientState(connectors=after.connectors)
-        personal = self.federation.personal_names(list(state))
-        kept.personal = {name: state[name] for name in state if name in personal}
+        if self.federation.optimizer_state == "reset":
+            after.optimizers = []
+        after.personal = personal
+        after.rules = {name: tensors for name, tensors in after.rules.items() if tensors}
         if is_first_rank():
-            self.states.save(client, round, kept)
+            self.states.save(client, round, after)
 
     def _trainer(self, client: str, round: int, callbacks: list[L.Callback]) -> L.Trainer:
         length = {"max_epochs": self.federation.local_epochs}

@@ -1,4 +1,4 @@
-"""What a client keeps between rounds, on its own disk: optimizer state, personal tensors, connectors.
+"""What a client keeps between rounds, on its own disk: optimizer state, personal tensors, what rules remember.
 
 One file per client and round. A version becomes current when its round is closed by a checkpoint that names it;
 after a crash the version named by the checkpoint holds, whatever else lies there.
@@ -23,17 +23,21 @@ class ClientState:
     Args:
         optimizers: state dicts of the optimizers, if the policy keeps them.
         personal: tensors of the student that stay with the client.
+        rules: what client rules remember, by the rule's name.
+        residual: what an encoding with error feedback has not sent yet.
         connectors: layers between student and teacher, which never leave the client.
     """
 
     optimizers: list[dict[str, Any]] = field(default_factory=list)
     personal: dict[str, Tensor] = field(default_factory=dict)
+    rules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    residual: dict[str, Tensor] = field(default_factory=dict)
     connectors: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to keep."""
-        return not (self.optimizers or self.personal or self.connectors)
+        return not any(vars(self).values())
 
 
 class ClientStates:
@@ -57,15 +61,23 @@ class ClientStates:
         Raises:
             RunError: the file a checkpoint names is missing or damaged.
         """
-        if client not in self.versions:
+        return self.read(client, self.versions[client]) if client in self.versions else ClientState()
+
+    def read(self, client: str, round: int) -> ClientState:
+        """Return the state of a client after a round, current or not; an empty one if there was nothing to keep.
+
+        Raises:
+            RunError: a checkpoint names the file, and it is missing or damaged.
+        """
+        path = self.path(client, round)
+        if self.versions.get(client) != round and not path.exists():
             return ClientState()
-        path = self.path(client, self.versions[client])
         try:
             stored = read_checkpoint(path)
-            return ClientState(stored["optimizers"], stored["personal"], stored.get("connectors", {}))
-        except (RunError, KeyError) as error:
+            return ClientState(**{name: stored[name] for name in vars(ClientState()) if name in stored})
+        except (RunError, TypeError) as error:
             raise RunError(
-                f"The state of client {client} after round {self.versions[client]} cannot be read from {path} "
+                f"The state of client {client} after round {round} cannot be read from {path} "
                 f"({error}). Resume from another checkpoint, or start afresh with --overwrite."
             ) from error
 

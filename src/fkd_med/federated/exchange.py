@@ -1,86 +1,91 @@
-"""The way between server and clients: everything is encoded, counted, checked and decoded, even in simulation.
+"""The way between server and clients: everything is packed, counted, checked and unpacked, even in simulation.
 
 What comes out of here is what was really sent, so a simulated run trains on what a deployed one would.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from fkd_med.communication import AllowList, Broadcast, Ledger, State, Update, check_client_name, decode, encode
+from torch import Tensor
+
+from fkd_med.communication import AllowList, Broadcast, Ledger, Packing, State, Update, check_client_name, specs
 from fkd_med.errors import TrainingError
 from fkd_med.files import atomic_write_bytes
+from fkd_med.seeding import derive_seed
 
-
-class StoredUpdates:
-    """The updates of a round, read from the journal one at a time, in the order of the clients' names.
-
-    Can be iterated again and again; only the update in hand is in memory.
-
-    Args:
-        files: encoded updates by client.
-        check: called with each decoded update.
-    """
-
-    def __init__(self, files: dict[str, Path], check: Callable[[Broadcast | Update], None]) -> None:
-        self.files = files
-        self.check = check
-
-    def __iter__(self) -> Iterator[Update]:
-        for client in sorted(self.files):
-            message = decode(self.files[client].read_bytes(), f"client {client}")
-            self.check(message)
-            if not isinstance(message, Update) or message.client != client:
-                raise TrainingError(f"The journal's {self.files[client]} does not hold an update of client {client}.")
-            yield message
-
-    def __len__(self) -> int:
-        return len(self.files)
+PLAIN = Packing(compress=False)
 
 
 class Exchange:
     """Sends broadcasts and receives updates of one run.
 
     Args:
-        state: the student's state, which says what may travel.
+        state: what of the student travels: names, shapes and types.
         sections: names of the extras the configured rules declare.
         ledger: where bytes are counted.
         journal: folder that holds the updates of the open round.
         writes: whether this process (rank 0) writes journal and ledger.
+        uplink: how updates are packed.
+        downlink: how broadcasts are packed.
+        seed: the run's seed, of the packings' random draws.
     """
 
     def __init__(
-        self, state: State, sections: frozenset[str], ledger: Ledger, journal: Path, writes: bool = True
+        self,
+        state: State,
+        sections: frozenset[str],
+        ledger: Ledger,
+        journal: Path,
+        writes: bool = True,
+        uplink: Packing | None = None,
+        downlink: Packing | None = None,
+        seed: int = 0,
     ) -> None:
         self.allowed = AllowList(state, sections)
+        self.specs = specs(state)
         self.ledger = ledger
         self.journal = journal
         self.writes = writes
+        self.uplink, self.downlink = uplink or PLAIN, downlink or PLAIN
+        self.seed = seed
 
     def broadcast(self, message: Broadcast, clients: list[str]) -> Broadcast:
-        """Send a broadcast to clients and return it as they decode it."""
+        """Send a broadcast to clients and return it as they unpack it."""
         self.allowed.check(message)
-        data = encode(message)
+        packed = self.downlink.pack(message, seed=derive_seed(self.seed, "downlink", message.round))
         for client in clients:
-            self.ledger.record_message(message.round, client, "down", data)
-        received = decode(data, "the server")
+            self.ledger.record_message(message.round, client, "down", packed.data)
+        received = packed.message
         assert isinstance(received, Broadcast)
         return received
 
-    def receive(self, update: Update) -> Path:
-        """Take an update as its client sends it, into the journal; return the file."""
+    def receive(
+        self, update: Update, broadcast: Broadcast, residual: Mapping[str, Tensor] | None = None
+    ) -> tuple[Path, State]:
+        """Take an update as its client sends it, into the journal.
+
+        Args:
+            update: what the client sends.
+            broadcast: what it started from, as it unpacked it.
+            residual: what the client's packing has not sent yet.
+
+        Returns:
+            The file, and what the client's packing now has not sent.
+        """
         self.allowed.check(update)
-        data = encode(update)
-        self.ledger.record_message(update.round, update.client, "up", data)
+        seed = derive_seed(self.seed, "uplink", update.round, update.client)
+        packed = self.uplink.pack(update, broadcast.state, residual, seed)
+        self.ledger.record_message(update.round, update.client, "up", packed.data)
         path = self.journal / f"round-{update.round:05d}" / f"{check_client_name(update.client)}.update"
         if self.writes:
-            atomic_write_bytes(path, data)
-        return path
+            atomic_write_bytes(path, packed.data)
+        return path, packed.residual or {}
 
-    def updates(self, files: dict[str, Path]) -> StoredUpdates:
+    def updates(self, files: dict[str, Path], broadcast: Broadcast) -> StoredUpdates:
         """Return the updates of a round, for the aggregator."""
-        return StoredUpdates(files, self.allowed.check)
+        return StoredUpdates(self, files, broadcast)
 
     def forget(self, round: int) -> None:
         """Delete the updates of a closed round and of those before it."""
@@ -91,3 +96,30 @@ class Exchange:
                 for path in folder.iterdir():
                     path.unlink()
                 folder.rmdir()
+
+
+class StoredUpdates:
+    """The updates of a round, read from the journal one at a time, in the order of the clients' names.
+
+    Can be iterated again and again; only the update in hand is in memory.
+
+    Args:
+        exchange: how they are unpacked and checked.
+        files: packed updates by client.
+        broadcast: what the clients started from.
+    """
+
+    def __init__(self, exchange: Exchange, files: dict[str, Path], broadcast: Broadcast) -> None:
+        self.exchange, self.files, self.start = exchange, files, broadcast
+
+    def __iter__(self) -> Iterator[Update]:
+        for client in sorted(self.files):
+            data = self.files[client].read_bytes()
+            message = self.exchange.uplink.unpack(data, self.exchange.specs, self.start.state, f"client {client}")
+            self.exchange.allowed.check(message)
+            if not isinstance(message, Update) or message.client != client:
+                raise TrainingError(f"The journal's {self.files[client]} does not hold an update of client {client}.")
+            yield message
+
+    def __len__(self) -> int:
+        return len(self.files)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import os
 from typing import Literal
 
-import numpy as np
 from jsonargparse import lazy_instance
 from lightning import Callback
 
-from fkd_med.aggregation import Aggregator, FedAvg
+from fkd_med.aggregation import Aggregator, FedAvg, Firewall
+from fkd_med.communication import Packing
 from fkd_med.errors import ConfigError
-from fkd_med.seeding import derive_seed
+from fkd_med.federated.chaos import Chaos
+from fkd_med.federated.participation import Fraction, Participation
+from fkd_med.federated.policy import BatchNormPolicy, TensorPolicy
+from fkd_med.federated.rules import ClientRule, supplied
 
 
 class Federation:
@@ -24,8 +29,21 @@ class Federation:
         aggregator: how updates become the next global weights; null is local-only training: nothing travels
             and every client keeps its own student.
         fraction: share of the clients drawn each round, above 0 and up to 1.
+        participation: another way to choose the clients of a round, instead of `fraction`.
+        quorum: share of a round's clients whose updates must be usable; with fewer the run stops, everything saved.
+        firewall: sets harmful updates aside, so that the round goes on if the quorum holds; null lets them through to
+            the aggregator.
+        client_rules: what an algorithm changes in the clients' training: FedProx, ScaffoldRule, FedNovaRule.
+        uplink: how updates are packed: codec, weights or deltas, compression; plain float32 when left out.
+        downlink: how broadcasts are packed; of weights, since a client may have missed the last broadcast.
+        batch_norm: ``average`` combines BatchNorm's tensors as all others; ``local`` keeps them with each client
+            (FedBN); ``recalibrate`` sends its weights but no statistics: each client computes them afresh from its
+            training images.
+        personal: name patterns (``network.head.*``) of further tensors that stay with each client.
+        frozen: name patterns of tensors that are not trained and do not travel.
         optimizer_state: whether a client's optimizer starts afresh each round or keeps its moments.
         client_callbacks: Lightning callbacks for every client's Trainer (batches, gradients, optimizers).
+        chaos: simulated trouble, for teaching and for tests; null for none.
         local_baseline: after the run, also train each client alone with the same budget, for the end table.
         threads: CPU threads torch uses for training; results are bit-identical only for the same number.
     """
@@ -37,40 +55,85 @@ class Federation:
         local_steps: int | None = None,
         aggregator: Aggregator | None = lazy_instance(FedAvg),  # noqa: B008 - made when first used
         fraction: float = 1.0,
+        participation: Participation | None = None,
+        quorum: float = 1.0,
+        firewall: Firewall | None = lazy_instance(Firewall),  # noqa: B008
+        client_rules: list[ClientRule] | None = None,
+        uplink: Packing | None = None,
+        downlink: Packing | None = None,
+        batch_norm: BatchNormPolicy = "average",
+        personal: list[str] | None = None,
+        frozen: list[str] | None = None,
         optimizer_state: Literal["reset", "keep"] = "reset",
         client_callbacks: list[Callback] | None = None,
+        chaos: Chaos | None = None,
         local_baseline: bool = False,
         threads: int | None = None,
     ) -> None:
         self.rounds = _positive("rounds", rounds)
         self.local_epochs = _positive("local_epochs", local_epochs)
         self.local_steps = None if local_steps is None else _positive("local_steps", local_steps)
-        if not 0 < fraction <= 1:
-            raise ConfigError(f"federation.fraction is {fraction}: give a share above 0 and up to 1.")
+        for name, share in (("fraction", fraction), ("quorum", quorum)):
+            if not 0 < share <= 1:
+                raise ConfigError(f"federation.{name} is {share}: give a share above 0 and up to 1.")
+        if participation is not None and fraction != 1:
+            raise ConfigError("federation.fraction and federation.participation both choose the clients: keep one.")
         if optimizer_state not in ("reset", "keep"):
             raise ConfigError(f"federation.optimizer_state is {optimizer_state!r}: give reset or keep.")
         self.aggregator = aggregator
-        self.fraction = fraction
+        self.participation = participation or Fraction(fraction)
+        self.quorum, self.firewall, self.chaos = quorum, firewall, chaos
+        if downlink is not None and (downlink.of == "delta" or downlink.error_feedback):
+            raise ConfigError(
+                "federation.downlink: a delta, or error feedback, needs clients that got every broadcast; use "
+                "`of: weights` without error_feedback."
+            )
+        self.uplink, self.downlink = uplink, downlink
+        self.client_rules = client_rules or []
+        self.policy = TensorPolicy(batch_norm, personal or [], frozen or [], everything_stays=aggregator is None)
         self.optimizer_state = optimizer_state
         self.client_callbacks = client_callbacks or []
         self.local_baseline = local_baseline
         self.threads = threads if threads is None else _positive("threads", threads)
+        self._check_rules()
+
+    def _check_rules(self) -> None:
+        """Refuse an aggregator without the client rule it needs, and rules nobody listens to."""
+        if self.aggregator is None:
+            return  # alone, rules change the training and nothing is sent
+        missing = sorted(self.aggregator.required_sections - supplied(self.client_rules))
+        name = type(self.aggregator).__name__.removeprefix("LazyInstance_")
+        if missing:
+            raise ConfigError(
+                f"{name} needs the section '{missing[0]}' from every client: add the client rule that supplies it to "
+                f"federation.client_rules (fkd_med.federated.{_SUPPLIERS.get(missing[0], 'a rule of your own')})."
+            )
+        unheard = sorted(supplied(self.client_rules) - self.aggregator.required_sections)
+        if unheard:
+            raise ConfigError(
+                f"federation.client_rules sends the section '{unheard[0]}', which {name} does not use: choose the "
+                "aggregator that goes with the rule, or leave the rule out."
+            )
 
     @property
     def is_local(self) -> bool:
         """Whether every client trains alone: everything is personal and nothing travels."""
         return self.aggregator is None
 
-    def select(self, clients: list[str], seed: int, round: int) -> list[str]:
-        """Draw the clients of a round, in the order of their names; it depends on nothing but its arguments."""
-        count = max(1, round_half_up(self.fraction * len(clients)))
-        generator = np.random.default_rng(derive_seed(seed, "select", round))
-        chosen = generator.choice(len(clients), size=count, replace=False)
-        return [sorted(clients)[i] for i in sorted(chosen)]
+    def alone(self) -> Federation:
+        """Return the recipe with the same training and nobody to send to."""
+        recipe = copy.copy(self)
+        recipe.aggregator, recipe.local_baseline, recipe.chaos = None, False, None
+        recipe.policy = TensorPolicy("average", [], self.policy.frozen, everything_stays=True)
+        return recipe
 
-    def personal_names(self, names: list[str]) -> set[str]:
-        """Return which tensors of the student stay with a client."""
-        return set(names) if self.is_local else set()
+    def select(self, clients: list[str], seed: int, round: int, sizes: dict[str, int] | None = None) -> list[str]:
+        """Choose the clients of a round, in the order of their names; it depends on nothing but its arguments."""
+        return self.participation.select(clients, seed, round, sizes or dict.fromkeys(clients, 1))
+
+    def needed(self, chosen: int) -> int:
+        """Return how many of a round's clients must send a usable update."""
+        return max(1, math.ceil(self.quorum * chosen - 1e-9))
 
     def apply_threads(self) -> int:
         """Set torch's number of CPU threads if one is configured; return the number in force."""
@@ -82,9 +145,7 @@ class Federation:
         return torch.get_num_threads()
 
 
-def round_half_up(value: float) -> int:
-    """Round to the nearest whole number, halves up: 0.5 x 3 clients are 2."""
-    return int(np.floor(value + 0.5))
+_SUPPLIERS = {"scaffold": "ScaffoldRule", "fednova": "FedNovaRule"}
 
 
 def _positive(name: str, value: int) -> int:

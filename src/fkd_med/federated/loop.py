@@ -17,13 +17,17 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities import CombinedLoader
 
 from fkd_med.communication import Broadcast, Ledger, State
-from fkd_med.errors import ConfigError, RunError, TrainingError
+from fkd_med.errors import ConfigError, RunError
+from fkd_med.federated.absences import Absences
 from fkd_med.federated.client import ClientWorker
 from fkd_med.federated.client_data import ClientData, client_data
 from fkd_med.federated.client_state import ClientStates
 from fkd_med.federated.exchange import Exchange
 from fkd_med.federated.federation import Federation
+from fkd_med.federated.gathering import Gathering
+from fkd_med.federated.policy import recalibrated
 from fkd_med.modules import RunClock
+from fkd_med.modules.teacher_cache import every_image_once
 from fkd_med.seeding import global_seed
 
 if TYPE_CHECKING:
@@ -96,14 +100,19 @@ class FederatedLoop(_FitLoop):
         trainer = self._federated_trainer
         self.data: ClientData = client_data(trainer.datamodule)
         self.clients = self.data.client_names()
+        self.sizes = {client: self.data.num_examples(client) for client in self.clients}
         self.states = ClientStates(trainer.run_dir.clients)
+        self._check_recipe()
         self._restore()
         self.threads = self.federation.apply_threads()
         ledger = Ledger(trainer.run_dir.ledger if trainer.is_global_zero else None)
         ledger.drop_after(self.round - 1)
-        sections = self.federation.aggregator.required_sections if self.federation.aggregator else frozenset[str]()
-        state = self._state()
-        self.exchange = Exchange(state, sections, ledger, trainer.run_dir.journal, trainer.is_global_zero)
+        absences = Absences(trainer.run_dir.absences if trainer.is_global_zero else None)
+        absences.drop_after(self.round - 1)
+        self.exchange = Exchange(
+            self._travelling(), self._sections(), ledger, trainer.run_dir.journal, trainer.is_global_zero,
+            self.federation.uplink, self.federation.downlink, global_seed(),
+        )  # fmt: skip
         self._worker = ClientWorker(
             module=self.server,
             data=self.data,
@@ -114,12 +123,31 @@ class FederatedLoop(_FitLoop):
             reporter=trainer.reporter,
             prepare=trainer.attach_teacher,
         )
+        self.gathering = Gathering(
+            self.federation, self._worker, self.exchange, absences, trainer.reporter, trainer.world_size == 1
+        )
         trainer.ensure_teachers(self.clients)
-        count = max(1, len(self.federation.select(self.clients, global_seed(), 1)))
         self._combined_loader = CombinedLoader([])
-        self.max_batches = self.trainer.val_check_batch = count
-        left = int(self.max_epochs or 0) - self.round + 1
-        trainer.reporter.begin("rounds", max(0, left) * count)
+        self.max_batches = self.trainer.val_check_batch = len(self._choose(1))
+        left = range(self.round, int(self.max_epochs or 0) + 1)
+        trainer.reporter.begin("rounds", sum(len(self._choose(round)) for round in left))
+
+    def _check_recipe(self) -> None:
+        """Refuse, before any work, what some later round would refuse."""
+        federation = self.federation
+        federation.policy.check(self.server)
+        federation.participation.check(self.clients, int(self.max_epochs or 0))
+        if federation.chaos is not None:
+            federation.chaos.check(self.clients)
+        if federation.aggregator is not None:
+            federation.aggregator.begin(len(self.clients))
+
+    def _sections(self) -> frozenset[str]:
+        aggregator = self.federation.aggregator
+        return aggregator.required_sections | aggregator.down_sections if aggregator else frozenset()
+
+    def _choose(self, round: int) -> list[str]:
+        return self.federation.select(self.clients, global_seed(), round, self.sizes)
 
     @property
     def _federated_trainer(self) -> FederatedTrainer:
@@ -135,49 +163,51 @@ class FederatedLoop(_FitLoop):
         """Copy the global student's tensors to the CPU."""
         return {name: tensor.detach().cpu().clone() for name, tensor in self.server.state_dict().items()}
 
+    def _travelling(self) -> State:
+        """Copy those of the global student's tensors that travel."""
+        state = self._state()
+        return {name: state[name] for name in self.federation.policy.travelling(self.server)}
+
     # --- one round --------------------------------------------------------------------------------------------
 
     def advance(self) -> None:
         """Run one round."""
         round = self.round
-        chosen = self.federation.select(self.clients, global_seed(), round)
+        chosen = self._choose(round)
         self.max_batches = len(chosen)
         broadcast = self._broadcast(round, chosen)
         files = {client: self._fit(index, client, broadcast) for index, client in enumerate(chosen)}
         self.trainer.strategy.barrier("updates")
-        self._combine(broadcast, {client: path for client, path in files.items() if path is not None})
-        self._close(round, chosen)
+        usable = self.gathering.usable(broadcast, {client: path for client, path in files.items() if path is not None})
+        self.gathering.check_quorum(round, chosen, len(usable))
+        self._combine(broadcast, usable)
+        self._close(round, list(usable))
         self.epoch_loop.evaluate()
 
     def _broadcast(self, round: int, chosen: list[str]) -> Broadcast:
         """Send the global student; alone, a client starts from what it has."""
-        message = Broadcast(round, self._state(), {})
-        self.metrics = {}
-        return message if self.federation.is_local else self.exchange.broadcast(message, chosen)
+        self.gathering.metrics = {}
+        aggregator = self.federation.aggregator
+        if aggregator is None:
+            return Broadcast(round, self._state(), {})
+        return self.exchange.broadcast(Broadcast(round, self._travelling(), aggregator.broadcast_extras()), chosen)
 
     def _fit(self, index: int, client: str, broadcast: Broadcast) -> Path | None:
-        """Let one client train; return its update in the journal, or nothing if it trains alone."""
+        """Let one client train; return its update in the journal, or nothing if none came."""
         trainer = self._federated_trainer
         trainer.reporter.show(f"round {broadcast.round}/{self.max_epochs} · {client}")
         call._call_callback_hooks(trainer, "on_train_batch_start", client, index)
-        try:
-            update = self._clients_worker.fit(client, broadcast)
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                f"Client {client} ran out of device memory in round {broadcast.round}: lower data.batch_size or "
-                "data.image_size, or set trainer.precision to bf16-mixed."
-            ) from error
+        path = self.gathering.update_of(client, broadcast)
         call._call_callback_hooks(trainer, "on_train_batch_end", None, client, index)
         trainer.reporter.advance()
-        self.metrics |= {f"{client}/{name}": value for name, value in update.metrics.items()}
-        return None if self.federation.is_local else self.exchange.receive(update)
+        return path
 
     def _combine(self, broadcast: Broadcast, files: dict[str, Path]) -> None:
         """Make the updates the next global student."""
         if self.federation.aggregator is None:
             return
-        state = self.federation.aggregator.aggregate(broadcast, self.exchange.updates(files))
-        self.server.load_state_dict(state)
+        state = self.federation.aggregator.aggregate(broadcast, self.exchange.updates(files, broadcast))
+        self.server.load_state_dict({**self.server.state_dict(), **state})
         self.trainer.strategy.barrier("combined")  # before rank 0 may clear the journal that all ranks read
 
     def _close(self, round: int, chosen: list[str]) -> None:
@@ -190,20 +220,39 @@ class FederatedLoop(_FitLoop):
         self.server.clock = RunClock(round=round)  # type: ignore[assignment]
         for client in chosen:
             self.states.accept(client, round)
-        if self.federation.is_local:
-            personal = getattr(self.server, "personal", None)
-            if personal is None:
-                raise ConfigError(
-                    f"aggregator: null keeps a student per client, which {type(self.server).__name__} cannot hold: "
-                    "derive your module from fkd_med.modules.SegmentationModule."
-                )
-            personal.by_client |= {client: self.states.load(client).personal for client in chosen}
+        if self.federation.policy.staying(self.server):
+            self._show_personal(chosen)
+
+    def _show_personal(self, clients: list[str]) -> None:
+        """Let the evaluation see the tensors that stay with each client."""
+        personal, federation = getattr(self.server, "personal", None), self.federation
+        if personal is None:
+            raise ConfigError(
+                f"This federation keeps tensors with each client, which {type(self.server).__name__} cannot hold: "
+                "derive your module from fkd_med.modules.SegmentationModule."
+            )
+        personal.keeps_best = federation.is_local  # else a client's own tensors belong to the global ones of the round
+        personal.by_client |= {client: self.states.load(client).personal for client in clients}
+        if federation.policy.batch_norm == "recalibrate" and not federation.is_local:
+            for client in self.clients:
+                personal.by_client[client] = personal.by_client.get(client, {}) | self._recalibrated(client)
+
+    def _recalibrated(self, client: str) -> State:
+        """Return a client's BatchNorm statistics under the new global weights."""
+        give = getattr(self.data, "client_train_eval_dataloader", None)
+        if give is None:
+            raise ConfigError(
+                f"batch_norm: recalibrate needs the training images in order, and {type(self.data).__name__} has no "
+                "client_train_eval_dataloader: use average or local."
+            )
+        return recalibrated(self.server, every_image_once(give(client)))
 
     def _log(self, round: int) -> None:
         """Write the ledger, and log what the clients measured and what travelled."""
         trainer = self._federated_trainer
         ledger = self.exchange.ledger
         ledger.flush()
+        self.metrics = dict(self.gathering.metrics)
         self.metrics |= {f"bytes/{way}": float(ledger.total(round, None, way)) for way in ("up", "down")}
         self.metrics["bytes/total"] = float(ledger.total())
         for logger in trainer.loggers:

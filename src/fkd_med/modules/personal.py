@@ -30,11 +30,13 @@ class PersonalTensors:
         self.by_client: dict[str, State] = {}
         self.best: dict[str, State] = {}
         self.best_score: dict[str, float] = {}
+        self.keeps_best = True  # alone, each client stops at its own best; beside global tensors, its latest belong
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PersonalTensors:
         """Copy for the copy of the module that is being made; the tensors, never changed in place, are shared."""
         new = PersonalTensors(memo.get(id(self._module), self._module))
         new.by_client, new.best, new.best_score = dict(self.by_client), dict(self.best), dict(self.best_score)
+        new.keeps_best = self.keeps_best
         return new
 
     @property
@@ -60,7 +62,7 @@ class PersonalTensors:
 
     def note(self, client: str, score: float) -> None:
         """Keep a client's tensors if they validate better than all before: alone, each client stops at its best."""
-        if client in self.by_client and score > self.best_score.get(client, float("-inf")):
+        if self.keeps_best and client in self.by_client and score > self.best_score.get(client, float("-inf")):
             self.best_score[client] = score
             self.best[client] = self.by_client[client]
 

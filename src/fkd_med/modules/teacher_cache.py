@@ -137,7 +137,7 @@ def _build(
     source: TeacherSource, client: str | None, data: Any, taps: Sequence[str], around: Surroundings,
     folder: Path, key: str, description: dict[str, Any],
 ) -> None:  # fmt: skip
-    loader = _every_image_once(data.client_train_eval_dataloader(client))
+    loader = every_image_once(data.client_train_eval_dataloader(client))
     ids = _ids(loader.dataset)
     network = freeze(source.load(client)).to(around.device)
     tapped = Taps(network, taps, f"the teacher {type(network).__name__}")
@@ -158,7 +158,7 @@ def _ids(dataset: Any) -> list[str]:
     return [str(name) for name in told] if told else [str(dataset[index]["id"]) for index in range(len(dataset))]
 
 
-def _every_image_once(loader: DataLoader[Any]) -> DataLoader[Any]:
+def every_image_once(loader: DataLoader[Any]) -> DataLoader[Any]:
     """Return a loader of the same images without a distributed sampler, which shares them out and pads."""
     return DataLoader(
         loader.dataset,

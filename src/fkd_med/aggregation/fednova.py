@@ -1,0 +1,57 @@
+"""Federated normalised averaging: clients that take more steps count for no more than their images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from fkd_med.aggregation.aggregator import Aggregator, checked, next_state
+from fkd_med.aggregation.sections import section_of
+from fkd_med.aggregation.state import WeightedMean, parameter_names
+from fkd_med.communication import Broadcast, State, Update
+from fkd_med.errors import TrainingError
+
+
+class FedNova(Aggregator):
+    """Normalised averaging (Wang et al., "Tackling the objective inconsistency problem", NeurIPS 2020, FedNova).
+
+    ``x <- x - tau_eff sum_i p_i d_i`` with ``d_i = (x - x_i) / |a_i|_1``, ``tau_eff = sum_i p_i |a_i|_1`` and
+    ``p_i = n_i / n``. The section ``fednova`` of each update holds ``a_norm``, a single number: ``|a_i|_1``, which is
+    the number of steps for plain SGD. With equal ``a_norm`` it is FedAvg. BatchNorm's statistics and integer buffers
+    take the mean weighted by training images. Streams: holds one float64 state and one update.
+    """
+
+    required_sections = frozenset({"fednova"})
+
+    def aggregate(self, broadcast: Broadcast, updates: Iterable[Update]) -> State:
+        """Return the state one normalised step after `broadcast`; see `Aggregator.aggregate`."""
+        names = parameter_names(broadcast.state)
+        others = broadcast.state.keys() - set(names)
+        # sum_i p_i d_i is a mean as well, with weights n_i / |a_i|_1, up to one factor.
+        mean, measured = WeightedMean(), WeightedMean()
+        examples, steps = 0, 0.0
+        for update in checked(broadcast, updates):
+            a_norm = _a_norm(update)
+            mean.add({name: update.state[name] for name in names}, update.num_examples / a_norm)
+            measured.add({name: update.state[name] for name in others}, update.num_examples)
+            examples += update.num_examples
+            steps += update.num_examples * a_norm
+        factor = (steps / examples) * (mean.weight / examples)
+        values = mean.values()
+        for name in names:
+            start = broadcast.state[name].double()
+            values[name] = values[name].sub_(start).mul_(factor).add_(start)
+        return next_state(values | measured.values(), broadcast)
+
+
+def _a_norm(update: Update) -> float:
+    sent = update.extras.get("fednova", {}).get("a_norm")
+    like = torch.zeros(()) if sent is None or sent.numel() != 1 else sent  # (1,) will do
+    value = float(section_of(update, "fednova", {"a_norm": like})["a_norm"].item())
+    if value <= 0:
+        raise TrainingError(
+            f"Client '{update.client}', round {update.round}: a_norm is {value} in section 'fednova'; it is a sum of "
+            "positive numbers. Use the same rules on all sides."
+        )
+    return value

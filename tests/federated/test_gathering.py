@@ -1,0 +1,136 @@
+"""Clients in trouble: who is missing is written down, the quorum decides, and nothing harmful is combined."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fkd_med.aggregation import CoordinateMedian
+from fkd_med.aggregation.firewall import Firewall
+from fkd_med.errors import ConfigError, TrainingError
+from fkd_med.federated import Chaos, Federation, Number
+from fkd_med.federated.absences import Absence, Absences
+
+
+def run(fed: Any, folder: Path, rounds: int = 2, ckpt: str | None = None, module: Any = None, **recipe: Any) -> Any:
+    module = module or fed.student()
+    trainer = fed.trainer(folder, Federation(rounds=rounds, **recipe))
+    trainer.fit(module, datamodule=fed.Hospitals(), ckpt_path=ckpt)
+    return module, trainer
+
+
+def absences(folder: Path) -> list[tuple[str, str, str]]:
+    with open(folder / "absences.csv") as file:
+        return [(row["round"], row["client"], row["kind"]) for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("lie", ["nan", "scale"])
+def test_a_liar_is_set_aside_and_the_round_goes_on(fed, tmp_path, lie) -> None:
+    chaos = Chaos(liars={"b": lie}, scale=1000.0)
+    lied, trainer = run(fed, tmp_path / "lied", chaos=chaos, quorum=0.5)
+    assert absences(tmp_path / "lied") == [("1", "b", "quarantined"), ("2", "b", "quarantined")]
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in fed.weights(lied).values())
+    honest, _ = run(fed, tmp_path / "honest", chaos=Chaos(dropout=0.0), quorum=0.5)
+    assert not fed.same(fed.weights(lied), fed.weights(honest))  # b had no part
+    assert set(trainer.fit_loop.states.versions) <= {"a", "c"}
+
+
+def test_without_firewall_and_with_a_plain_mean_one_liar_ruins_the_model(fed, tmp_path) -> None:
+    ruined, _ = run(fed, tmp_path, rounds=1, chaos=Chaos(liars={"b": "scale"}, scale=1000.0), firewall=None)
+    honest, _ = run(fed, tmp_path / "honest", rounds=1)
+    gap = max(float((a - b).abs().max()) for a, b in zip(ruined.parameters(), honest.parameters(), strict=True))
+    assert gap > 1.0
+
+
+def test_a_median_needs_no_firewall(fed, tmp_path) -> None:
+    module, _ = run(
+        fed, tmp_path, rounds=1, chaos=Chaos(liars={"b": "scale"}, scale=1000.0), firewall=None,
+        aggregator=CoordinateMedian(),
+    )  # fmt: skip
+    assert max(float(parameter.abs().max()) for parameter in module.parameters()) < 2.0
+
+
+def test_too_few_usable_updates_stop_the_run_and_name_everybody(fed, tmp_path) -> None:
+    chaos = Chaos(liars={"b": "nan"}, rounds=[2, 9])
+    with pytest.raises(TrainingError, match=r"Round 2: 2 of 3 clients sent .*, and 3 are needed .*b is set"):
+        run(fed, tmp_path, rounds=3, chaos=chaos)
+    module, _ = run(fed, tmp_path, rounds=3, ckpt=str(tmp_path / "checkpoints/last.ckpt"))  # the cause is mended
+    whole, _ = run(fed, tmp_path / "whole", rounds=3)
+    assert fed.same(fed.weights(module), fed.weights(whole))
+    assert absences(tmp_path) == []  # the round was trained again, with everybody
+
+
+@pytest.mark.parametrize(("chance", "kind"), [("dropout", "dropout"), ("straggle", "late"), ("fail", "failed")])
+def test_simulated_trouble_is_written_down(fed, tmp_path, chance, kind) -> None:
+    chaos = Chaos(**{chance: 0.5})
+    events = {(r, c): chaos.happens(c, 7, r) for r in (1, 2, 3) for c in fed.SIZES}
+    expected = [(str(r), c, kind) for (r, c), event in sorted(events.items()) if event != "fine"]
+    assert 0 < len(expected) < 9 and all(sum(e == (str(r), c, kind) for e in expected) <= 1 for r, c in events)
+    _, trainer = run(fed, tmp_path, rounds=3, chaos=chaos, quorum=0.01)
+    assert absences(tmp_path) == expected
+    up = {(row.round, row.client) for row in trainer.fit_loop.exchange.ledger.rows if row.direction == "up"}
+    assert up == {key for key, event in events.items() if event == "fine"}
+
+
+def test_a_real_failure_is_survived_if_the_quorum_holds(fed, tmp_path) -> None:
+    class Hospitals(fed.Hospitals):
+        def client_train_dataloader(self, client: str | None, round: int = 0) -> Any:
+            loader = super().client_train_dataloader(client, round)
+            if client == "b":
+                loader.dataset.__class__ = type("Broken", (fed.Blobs,), {"__getitem__": broken(fed)})
+            return loader
+
+    trainer = fed.trainer(tmp_path, Federation(rounds=1, quorum=0.6))
+    trainer.fit(fed.student(), datamodule=Hospitals())
+    with open(tmp_path / "absences.csv") as file:
+        (row,) = csv.DictReader(file)
+    assert row["client"] == "b" and row["kind"] == "failed" and "loss is not finite" in row["reason"]
+    with pytest.raises(TrainingError, match="loss is not finite"):
+        fed.trainer(tmp_path / "strict", Federation(rounds=1)).fit(fed.student(), datamodule=Hospitals())
+
+
+def broken(fed: Any) -> Any:
+    def getitem(self: Any, index: Any) -> dict[str, Any]:
+        item = fed.Blobs.__getitem__(self, index)
+        return {**item, "image": item["image"] * float("nan")}
+
+    return getitem
+
+
+def test_an_empty_round_never_makes_a_model(fed, tmp_path) -> None:
+    with pytest.raises(TrainingError, match=r"Round 1: 0 of 3 clients .* 1 are needed"):
+        run(fed, tmp_path, chaos=Chaos(dropout=1.0), quorum=0.01)
+
+
+def test_settings_are_checked_before_training(fed, tmp_path) -> None:
+    with pytest.raises(ConfigError, match="liars names client 'bb'"):
+        run(fed, tmp_path, chaos=Chaos(liars={"bb": "nan"}))
+    with pytest.raises(ConfigError, match="count is 9, more than there are clients"):
+        run(fed, tmp_path, participation=Number(9))
+    with pytest.raises(ConfigError, match="both choose the clients"):
+        Federation(fraction=0.5, participation=Number(1))
+    with pytest.raises(ConfigError, match=r"federation.quorum is 0"):
+        Federation(quorum=0.0)
+
+
+def test_a_firewall_that_finds_nothing_changes_no_bit(fed, tmp_path) -> None:
+    with_it, _ = run(fed, tmp_path / "with", firewall=Firewall(max_norm=1e6))
+    without, _ = run(fed, tmp_path / "without", firewall=None)
+    assert fed.same(fed.weights(with_it), fed.weights(without))
+
+
+def test_the_book_survives_a_torn_line(tmp_path) -> None:
+    book = Absences(tmp_path / "absences.csv")
+    book.note(Absence(1, "a", "failed", "line one\nline two, with a comma"))
+    book.note(Absence(2, "b", "late"))
+    (tmp_path / "absences.csv").open("a").write("3,c,fai")
+    again = Absences(tmp_path / "absences.csv")
+    assert [row.client for row in again.rows] == ["a", "b"] and again.rows[
+        0
+    ].reason == "line one line two, with a comma"
+    again.drop_after(1)
+    assert [row.client for row in Absences(tmp_path / "absences.csv").rows] == ["a"]
