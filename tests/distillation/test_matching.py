@@ -83,3 +83,11 @@ def test_the_students_gradient_passes_a_resize() -> None:
     ours, _, _ = match(AttentionTransfer(resize="teacher"), student, maps(5, 4), PIXELS)
     ours.sum().backward()
     assert student.grad is not None and student.grad.abs().sum() > 0
+
+
+def test_a_torn_image_is_invalid_where_a_coarse_cell_spans_the_tear() -> None:
+    torn = torch.cat([grid(16)[..., 9:], grid(16)[..., :9]], dim=-1)  # the right part now lies left
+    _, _, fine = match(CWD(), maps(3, 16), maps(3, 16), PIXELS, torn)
+    _, _, coarse = match(CWD(), maps(3, 4), maps(3, 4), PIXELS, torn)
+    assert fine.valid is not None and fine.valid.all() and coarse.valid is not None
+    assert coarse.valid[:, :, [0, 2, 3]].all() and not coarse.valid[:, :, 1].any()  # columns 4 to 7 hold the tear

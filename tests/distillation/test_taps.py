@@ -174,8 +174,25 @@ def test_crop_samples_the_share_of_the_image() -> None:
 
 
 def test_tokens_that_are_no_square_stay() -> None:
-    assert tokens_as_map(torch.zeros(2, 7, 3)).shape == (2, 7, 3)
-    assert tokens_as_map(torch.zeros(2, 16, 3)).shape == (2, 3, 4, 4)
+    assert tokens_as_map(torch.zeros(2, 7, 3), (8, 8)).shape == (2, 7, 3)
+    assert tokens_as_map(torch.zeros(2, 16, 3), (8, 8)).shape == (2, 3, 4, 4)
+    assert tokens_as_map(torch.zeros(2, 17, 3), (8, 8)).shape == (2, 3, 4, 4)
+    assert tokens_as_map(torch.zeros(2, 16, 3), (8, 32)).shape == (2, 3, 2, 8)
+
+
+def test_channels_last_are_not_taken_for_rows() -> None:
+    class Swin(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Conv2d(3, 6, 4, stride=4), nn.Conv2d(3, 1, 1)
+            self.last = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.last(self.layer(x).movedim(1, -1))
+            return self.head(x)
+
+    with pytest.raises(ConfigError, match=r"returns \(2, 4, 4, 6\).*channels last"):
+        Taps(Swin(), ["last"])(IMAGE)
 
 
 @pytest.mark.parametrize(

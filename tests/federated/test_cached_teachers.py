@@ -138,3 +138,14 @@ def test_data_without_room_for_maps_are_refused_before_training(fed, tmp_path) -
     with pytest.raises(ConfigError, match=r"Hospitals cannot carry cached teacher maps .*model.teacher_cache: off"):
         fed.trainer(tmp_path / "run").fit(module, datamodule=fed.Hospitals())
     assert not (tmp_path / "store").exists()
+
+
+def test_kept_moments_of_other_terms_are_refused_on_resume(fed, root, tmp_path) -> None:
+    recipe = {"optimizer_state": "keep"}
+    module = distilled(fed, tmp_path / "store", losses=HINT, teacher_cache="taps")
+    run(fed, tmp_path / "run", root, module, rounds=1, federation=recipe)
+    changed = {"kd": LogitKL(), "other": HintMSE(student_tap="decoder.2", teacher_tap="decoder.0")}
+    again = distilled(fed, tmp_path / "store", losses=changed, teacher_cache="taps")
+    trainer = fed.trainer(tmp_path / "run", Federation(rounds=2, **recipe))
+    with pytest.raises(ConfigError, match=r"moments of other parameters .*connectors.hint"):
+        trainer.fit(again, datamodule=hospitals(root), ckpt_path=str(tmp_path / "run/checkpoints/last.ckpt"))

@@ -26,7 +26,7 @@ from conftest import Hospitals, distilled, student, teacher_stage, trainer, weig
 from fkd_med.data import FederatedDataModule
 from fkd_med.aggregation import Scaffold
 from fkd_med.federated import FedProx, Federation, ScaffoldRule
-from fkd_med.losses import HintMSE, LogitKL
+from fkd_med.losses import HintMSE, LogitKL, Ramp
 
 rank = int(os.environ.get("LOCAL_RANK", 0))
 L.seed_everything(7, verbose=False)
@@ -73,6 +73,9 @@ losses = {{"kd": LogitKL(), "hint": HintMSE(student_tap="1", teacher_tap="2")}}
 phantoms = FederatedDataModule(f"{{root}}/phantoms", image_size=16, batch_size=4, seed=3)
 cached = distilled(None, source=teacher_stage(f"{{root}}/cached", epochs=1), losses=losses, teacher_cache="taps")
 run("cached", cached, data=phantoms)
+fading = {{"kd": LogitKL(), "hint": HintMSE(student_tap="1", teacher_tap="2", schedule=Ramp())}}
+fade = distilled(None, source=teacher_stage(f"{{root}}/cached", epochs=1), losses=fading, teacher_cache="taps")
+run("fade", fade, data=FederatedDataModule(f"{{root}}/phantoms", image_size=16, batch_size=2, seed=3))
 open(f"{{root}}/written-{{os.environ['LOCAL_RANK']}}", "w").write("\\n".join(written))
 """
 
@@ -87,7 +90,7 @@ def test_two_processes_hold_one_model(tmp_path) -> None:
         [sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=environment, check=False
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
-    runs = "plain keep resumed alone scaffold prox unseen taught again trial cached"
+    runs = "plain keep resumed alone scaffold prox unseen taught again trial cached fade"
     for name in runs.split():
         one, other = (load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1))
         assert one.keys() == other.keys()

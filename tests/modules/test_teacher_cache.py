@@ -29,7 +29,7 @@ from fkd_med.losses import (
     Ramp,
     RegionAffinity,
 )
-from fkd_med.modules import DistillationModule, TeacherSource
+from fkd_med.modules import DistillationModule, TeacherSource, WarmupCosine
 from fkd_med.modules.teacher_cache import Surroundings, cache_key, ensure_maps
 from fkd_med.networks import ResUNet, SlimUNet
 
@@ -256,7 +256,7 @@ def test_training_from_the_cache_is_training_from_the_teacher(root: Path, tmp_pa
     torch.manual_seed(0)
     gap = (live.network.head.weight - SlimUNet().head.weight).abs().max()
     assert gap > 1e-3  # it did train
-    assert source.loads == 1 and cached.teacher is None and live.teacher is not None
+    assert source.loads == 1 and cached.teacher is None and live.teacher is None  # neither keeps a teacher after it
     for name, tensor in live.state_dict().items():
         torch.testing.assert_close(cached.state_dict()[name], tensor, rtol=2e-2, atol=2e-3, msg=name)
 
@@ -337,3 +337,115 @@ def test_each_step_of_a_fit_takes_its_own_maps(root: Path, tmp_path: Path) -> No
         for index, name in enumerate(batch["id"]):
             expected = torch.from_numpy(data.teacher_maps.read(name)["logits"])
             assert torch.equal(batch["teacher"]["logits"][index], expected)
+
+
+# --- what a review found ---------------------------------------------------------------------------------------------
+
+
+def test_a_scheduler_that_asks_for_the_batches_early(root: Path, tmp_path: Path) -> None:
+    """WarmupCosine asks how many steps there are, for which Lightning makes the training loader before on_fit_start."""
+    source = Source(teacher(), tmp_path)
+    module = DistillationModule(SlimUNet(), teacher=source, scheduler=lambda o: WarmupCosine(o, warmup=0.1))
+    L.Trainer(**TRAINER, max_epochs=2).fit(module, datamodule=hospitals(root))
+    assert source.loads == 1
+
+
+def test_an_interrupted_fit_leaves_nothing_to_the_next(root: Path, tmp_path: Path) -> None:
+    class Stop(L.Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            raise ValueError("stop")
+
+    data, source = hospitals(root), Source(teacher(), tmp_path)
+    first = DistillationModule(SlimUNet(), teacher=source)
+    with pytest.raises(ValueError, match="stop"):
+        L.Trainer(**TRAINER, max_epochs=1, callbacks=[Stop()]).fit(first, datamodule=data)
+    other = DistillationModule(SlimUNet())
+    other.attach_teacher(teacher(1))
+    asked: list[int] = []
+    other.teacher.register_forward_hook(lambda *args: asked.append(1))
+    L.Trainer(**TRAINER, max_epochs=1).fit(other, datamodule=data)
+    assert asked and data.teacher_maps is None
+    L.Trainer(**TRAINER, max_epochs=1).fit(first, datamodule=hospitals(root))  # and again, on other data
+
+
+def test_each_fit_gets_the_teacher_of_its_own_data(root: Path, tmp_path: Path) -> None:
+    class PerClient(Source):
+        def load(self, client: str | None) -> nn.Module:
+            self.network = teacher(0 if client == "hospital-a" else 1)
+            return super().load(client)
+
+    source = PerClient(teacher(), tmp_path)
+    module = DistillationModule(SlimUNet(), teacher=source, teacher_cache="off")
+    for client in ("hospital-a", "hospital-b"):
+        L.Trainer(**TRAINER, max_epochs=1).fit(module, datamodule=hospitals(root, client=client, batch_size=2))
+    assert source.loads == 2 and module.teacher is None
+
+
+def test_the_key_knows_settings_that_neither_text_nor_weights_show(root: Path, tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        size_divisor = 1
+
+        def __init__(self, heads: int) -> None:
+            super().__init__()
+            self.heads, self.layer = heads, nn.Conv2d(3, 1, 1)
+            nn.init.ones_(self.layer.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) * self.heads
+
+    one, other, divided = Scaled(1), Scaled(2), Scaled(1)
+    other.layer.load_state_dict(one.layer.state_dict())
+    divided.layer.load_state_dict(one.layer.state_dict())
+    divided.size_divisor = 8
+    assert str(one) == str(other)
+    data = hospitals(root)
+    keys = {cache_key(Source(n, tmp_path), None, data, [], "32-true")[0] for n in (one, other, divided)}
+    assert len(keys) == 3
+
+
+def test_a_read_only_store_with_whole_maps_is_read(root: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    data, source = hospitals(root), Source(teacher(), tmp_path)
+    ensure_maps(source, None, data, [], Surroundings())
+
+    def refuse(*args: Any) -> Any:
+        raise AssertionError("nothing has to be written")
+
+    monkeypatch.setattr("fkd_med.modules.teacher_cache.queued", refuse)
+    assert ensure_maps(source, None, data, [], Surroundings()) is not None
+
+
+@pytest.mark.parametrize("name", ["supervised", "loss", "values", "type"])
+def test_names_that_are_taken_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{name}' is taken"):
+        DistillationModule(SlimUNet(), losses={name: LogitKL()})
+
+
+def test_a_resume_with_other_connectors_says_so(root: Path, tmp_path: Path) -> None:
+    def build(*names: str) -> DistillationModule:
+        terms = {name: HintMSE(student_tap="decoder.2", teacher_tap="decoder.0") for name in names}
+        return DistillationModule(SlimUNet(), teacher=Source(teacher(), tmp_path), losses=terms, teacher_cache="taps")
+
+    trainer = L.Trainer(**TRAINER, max_epochs=1)
+    trainer.fit(build("one", "two"), datamodule=hospitals(root))
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    with pytest.raises(ConfigError, match=r"connectors \['one.bias'.*resume with the terms"):
+        L.Trainer(**TRAINER, max_epochs=2).fit(
+            build("one"), datamodule=hospitals(root), ckpt_path=tmp_path / "one.ckpt"
+        )
+
+
+def test_loaders_alone_and_true_half_precision_are_refused_with_advice(root: Path, tmp_path: Path) -> None:
+    module = DistillationModule(SlimUNet(), teacher=Source(teacher(), tmp_path))
+    with pytest.raises(ConfigError, match=r"this fit has only loaders: set teacher_cache: off"):
+        L.Trainer(**TRAINER, max_epochs=1).fit(module, hospitals(root).train_dataloader())
+    with pytest.raises(ConfigError, match=r"trainer.precision: bf16-true .* use bf16-mixed"):
+        L.Trainer(**TRAINER, max_epochs=1, precision="bf16-true").fit(module, datamodule=hospitals(root))
+
+
+def test_weights_follow_their_schedule_over_steps() -> None:
+    module = DistillationModule(SlimUNet(), losses={"kd": LogitKL(schedule=Ramp())})
+    trainer = L.Trainer(**TRAINER, max_steps=10)
+    module._trainer = trainer
+    trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed = 5
+    trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = 5
+    assert module._progress() == pytest.approx(1.0 if trainer.global_step >= 10 else 0.5)

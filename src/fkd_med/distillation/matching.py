@@ -45,8 +45,10 @@ def match(
     size = _size(student)
     if coordinates is None:
         return student, resized(teacher, size), pixels.at(size)
-    valid = coordinates[:, 2] > 0.5
-    return student, sampled(teacher, coordinates, size), Pixels(pixels.mask, pixels.classes, valid).at(size)
+    seen = Pixels(pixels.mask, pixels.classes, coordinates[:, 2] > 0.5).at(size)
+    if size != tuple(coordinates.shape[2:]) and seen.valid is not None:
+        seen = Pixels(seen.mask, seen.classes, seen.valid & is_one_place(coordinates, size))
+    return student, sampled(teacher, coordinates, size), seen
 
 
 def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -68,6 +70,20 @@ def sampled(maps: Tensor, coordinates: Tensor, size: tuple[int, int]) -> Tensor:
     with torch.autocast(maps.device.type, enabled=False):
         points = resized(coordinates[:, :2].float(), size).movedim(1, -1)  # (N, h, w, 2)
         return F.grid_sample(maps.float(), points, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def is_one_place(coordinates: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return which cells of a coarser grid show one place of the image (N, h, w), not several that lie apart.
+
+    A cell may be 2.5 times as wide in the image as in the grid: an image may be shrunk, but not torn.
+
+    Args:
+        coordinates: as in `match`.
+        size: height and width of the coarser grid.
+    """
+    places = coordinates[:, :2].float()
+    spread = F.adaptive_max_pool2d(places, size) + F.adaptive_max_pool2d(-places, size)  # (N, 2, h, w)
+    return (spread <= 2.5 * 2 / min(size)).all(dim=1)
 
 
 def _size(maps: Tensor) -> tuple[int, int]:

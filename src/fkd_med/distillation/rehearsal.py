@@ -5,6 +5,7 @@ A wrong tap or an unfit pair of maps is found before any teacher trains, on one 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,7 +60,8 @@ def rehearse(student: nn.Module, teacher: nn.Module, terms: Mapping[str, Distill
         ours, theirs = shown["student"][term.student_tap], shown["teacher"][term.teacher_tap]
         if term.connector is not None:
             connectors[name] = term.connector(ours.shape[1], theirs.shape[1])
-        _try(name, term, ours, theirs, shown["student"][LOGITS].shape[1], image, connectors.get(name))
+        tried = copy.deepcopy(connectors[name]).eval() if name in connectors else None  # its statistics stay
+        _try(name, term, ours, theirs, shown["student"][LOGITS].shape[1], image, tried)
     shapes = {tap: (int(m.shape[1]), int(m.shape[2]), int(m.shape[3])) for tap, m in shown["teacher"].items()}
     return Rehearsed(shapes, connectors)
 
@@ -84,7 +86,7 @@ def _try(
     pixels = Pixels(torch.zeros(1, *image.shape[-2:], dtype=torch.long), max(2, classes))
     try:
         term(*match(term, ours, theirs, pixels, None, connector))
-    except (ConfigError, RuntimeError) as error:  # a connector of the user's own may fail in any way
+    except Exception as error:  # a connector of the user's own may fail in any way
         hint = ""
         if ours.shape[1] != theirs.shape[1] and connector is None and term.student_tap != LOGITS:
             hint = " Channels differ: `connector: fkd_med.losses.pointwise` brings the student's to the teacher's."
@@ -102,7 +104,9 @@ def _look(network: nn.Module, paths: list[str], whose: str, image: Tensor) -> di
     try:
         with as_it_is(network), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             return {tap: maps.float().cpu() for tap, maps in taps(image.to(device)).items()}
-    except RuntimeError as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # networks complain in their own ways
         raise ConfigError(f"{whose} cannot take images of shape {tuple(image.shape)}: {error}") from error
     finally:
         taps.remove()

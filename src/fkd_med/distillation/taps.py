@@ -51,7 +51,7 @@ class Taps:
         """Return the maps by tap for images (N, C, H, W).
 
         Logits are (N, K, H, W). Maps are (N, C', h, w) and cover the image alone, without the padding that a network
-        may need; tokens (N, L, C') of a square grid, with or without a class token before them, are laid out as maps.
+        may need; tokens (N, L, C') of a grid, with or without a class token before them, are laid out as maps.
 
         Args:
             image: the images.
@@ -71,7 +71,7 @@ class Taps:
         size = (int(image.shape[-2]), int(image.shape[-1]))
         padded = padded_size(self.network, *size)
         for path in self.paths:
-            maps[path] = crop_to_image(self._as_map(path, found), size, padded)
+            maps[path] = crop_to_image(self._as_map(path, found, padded), size, padded)
         return maps
 
     def remove(self) -> None:
@@ -79,7 +79,7 @@ class Taps:
         for handle in self._handles:
             handle.remove()
 
-    def _as_map(self, path: str, found: dict[str, Any]) -> Tensor:
+    def _as_map(self, path: str, found: dict[str, Any], image: tuple[int, int]) -> Tensor:
         name, index = split_path(path)
         if path not in found:
             raise ConfigError(f"{self.whose}: module {name!r} did not run in the forward pass; tap another one.")
@@ -96,12 +96,18 @@ class Taps:
         elif index is not None:
             raise ConfigError(f"{self.whose}: module {name!r} returns one {type(output).__name__}; tap it without [].")
         if isinstance(output, Tensor) and output.ndim == 3:
-            output = tokens_as_map(output)
+            output = tokens_as_map(output, image)
         if not isinstance(output, Tensor) or output.ndim != 4:
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ConfigError(
                 f"{self.whose}: module {name!r} returns {shape}; a tap needs a map (N, C, H, W) or the tokens "
-                "(N, L, C) of a square grid."
+                "(N, L, C) of a grid."
+            )
+        height, width = output.shape[2:]
+        if abs(height - width * image[0] / image[1]) > 1:
+            raise ConfigError(
+                f"{self.whose}: module {name!r} returns {tuple(output.shape)}, which as (N, C, H, W) is no map of "
+                f"images of {image[0]} x {image[1]}: are its channels last? Tap a module that returns (N, C, H, W)."
             )
         return output
 
@@ -165,13 +171,18 @@ def _nearest(name: str, known: list[str]) -> str:
     return "it has no modules inside"
 
 
-def tokens_as_map(tokens: Tensor) -> Tensor:
-    """Lay tokens (N, L, C) out as maps (N, C, l, l) if L, or L without one class token, is a square."""
-    count = tokens.shape[1]
+def tokens_as_map(tokens: Tensor, image: tuple[int, int]) -> Tensor:
+    """Lay tokens (N, L, C) out as maps (N, C, h, w) if L, or L without one class token, is a grid like the image.
+
+    Args:
+        tokens: tokens row by row.
+        image: height and width of the image, of which only the ratio counts.
+    """
     for skipped in (0, 1):
-        side = math.isqrt(max(0, count - skipped))
-        if side and side * side == count - skipped:
-            return tokens[:, skipped:].transpose(1, 2).reshape(len(tokens), -1, side, side)
+        count = tokens.shape[1] - skipped
+        height = round(math.sqrt(max(0, count) * image[0] / image[1]))
+        if height and count % height == 0 and abs(height - count // height * image[0] / image[1]) < 0.5:
+            return tokens[:, skipped:].transpose(1, 2).reshape(len(tokens), -1, height, count // height)
     return tokens
 
 

@@ -40,7 +40,18 @@ class KeepOptimizers(L.Callback):
         self.after = ClientState()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Load the state of the client's last round."""
+        """Load the state of the client's last round.
+
+        Raises:
+            ConfigError: the optimizers remember other parameters than are trained now.
+        """
+        self.after.parameters = [name for name, p in pl_module.named_parameters() if p.requires_grad]
+        if self.before.optimizers and self.before.parameters != self.after.parameters:
+            changed = sorted(set(self.before.parameters) ^ set(self.after.parameters)) or ["their order"]
+            raise ConfigError(
+                f"federation.optimizer_state: keep has moments of other parameters than are trained now ({changed[0]} "
+                "differs): resume with the model and the terms the run was started with, or use reset."
+            )
         for optimizer, state in zip(trainer.optimizers, self.before.optimizers, strict=False):
             optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -152,7 +163,7 @@ class ClientWorker:
     def _keep(self, client: str, round: int, personal: dict[str, Tensor], after: ClientState) -> None:
         """Write what stays with the client."""
         if self.federation.optimizer_state == "reset":
-            after.optimizers = []
+            after.optimizers, after.parameters = [], []
         after.personal = personal
         after.rules = {name: tensors for name, tensors in after.rules.items() if tensors}
         if is_first_rank():

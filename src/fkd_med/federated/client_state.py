@@ -22,6 +22,7 @@ class ClientState:
 
     Args:
         optimizers: state dicts of the optimizers, if the policy keeps them.
+        parameters: names of the parameters they belong to, in their order.
         personal: tensors of the student that stay with the client.
         rules: what client rules remember, by the rule's name.
         residual: what an encoding with error feedback has not sent yet.
@@ -29,6 +30,7 @@ class ClientState:
     """
 
     optimizers: list[dict[str, Any]] = field(default_factory=list)
+    parameters: list[str] = field(default_factory=list)
     personal: dict[str, Tensor] = field(default_factory=dict)
     rules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     residual: dict[str, Tensor] = field(default_factory=dict)

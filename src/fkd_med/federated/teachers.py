@@ -83,12 +83,16 @@ class TeacherStage(TeacherSource):
         folder = self.store / f"{name}-{key[:16]}"
         path = folder / "teacher.safetensors"
         reporter = options.get("reporter") or Reporter(enabled=False)
-        with self._queued(folder / "lock"):
-            if _as_rank_zero_says(is_whole(path, key)):
-                reporter.line(f"teacher of {name}: found in {folder}")
-                reporter.advance(epochs)
-            else:
-                self._train(client, data, folder, key, description, {**options, "flags": flags, "reporter": reporter})
+        found = _as_rank_zero_says(is_whole(path, key))
+        if not found:
+            with self._queued(folder / "lock"):
+                found = _as_rank_zero_says(is_whole(path, key))  # another process may have trained it meanwhile
+                if not found:
+                    around = {**options, "flags": flags, "reporter": reporter}
+                    self._train(client, data, folder, key, description, around)
+        if found:
+            reporter.line(f"teacher of {name}: found in {folder}")
+            reporter.advance(epochs)
         self.files[name] = path
         return path
 

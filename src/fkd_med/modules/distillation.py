@@ -66,6 +66,9 @@ class DistillationModule(SegmentationModule):
         odd = [name for name in self.losses if not re.fullmatch(r"\w+", name, re.ASCII)]
         if odd:
             raise ConfigError(f"model.losses: {', '.join(odd)} names a term; use letters, digits and '_' only.")
+        taken = [name for name in self.losses if name in ("supervised", "loss") or hasattr(nn.ModuleDict, name)]
+        if taken:
+            raise ConfigError(f"model.losses: {taken[0]!r} is taken by something else; give the term another name.")
         if self.supervised_weight == 0:
             idle = [share for share in range(101) if not self.weights_at(share / 100)]
             if not self.active_losses:
@@ -124,6 +127,11 @@ class DistillationModule(SegmentationModule):
         source = self.teacher_source
         if self.teacher_cache != "off" and source is not None and source.maps_folder() and not around.is_trial:
             check_carries(data)
+            if around.precision in ("bf16-true", "16-true"):
+                raise ConfigError(
+                    f"trainer.precision: {around.precision} would round the places that cached teacher maps are read "
+                    "at: use bf16-mixed or 16-mixed, or model.teacher_cache: off."
+                )
 
     def learn_from(self, client: str | None, data: Any, maps: TeacherMaps | None) -> None:
         """Take a client's teacher: its cached maps, which training batches of `data` then bring, or the network.
@@ -135,10 +143,10 @@ class DistillationModule(SegmentationModule):
         """
         source = self.teacher_source
         assert source is not None
-        self._teaching.is_cached = maps is not None
         if maps is not None or hasattr(data, "teacher_maps"):
             data.teacher_maps = maps
         self.attach_teacher(source.load(client) if maps is None else None)
+        self._teaching.is_prepared, self._teaching.is_cached = True, maps is not None
 
     # --- before and after training ------------------------------------------------------------------------------
 
@@ -166,14 +174,20 @@ class DistillationModule(SegmentationModule):
     def setup(self, stage: str) -> None:
         """Make the dry pass before training outside a federation; the server of one has made it for its clients."""
         super().setup(stage)
-        if stage != "fit" or self._learns_elsewhere or self._is_rehearsed:
+        if stage != "fit" or self._learns_elsewhere or self._is_clients_copy:
             return
+        self._let_go()  # of what an interrupted fit left behind
         data = getattr(self.trainer, "datamodule", None)
         if self.teacher is None:
             self.check_data(data, Surroundings.of(self.trainer))
         image = sample_image(data)
         if image is not None:
             self.rehearse(image)
+        self._refuse_unknown_connectors()
+        if self.teacher is None:  # now, since a scheduler may ask for the training batches before `on_fit_start`
+            self._learn_from_source()
+
+    def _refuse_unknown_connectors(self) -> None:
         missing = [n for n, t in self.active_losses.items() if t.connector is not None and n not in self.connectors]
         if missing:
             raise ConfigError(
@@ -186,14 +200,15 @@ class DistillationModule(SegmentationModule):
         """The server of a federation learns from nobody; its clients bring their teachers."""
         return not self.active_losses or getattr(self.trainer, "federation", None) is not None
 
+    @property
+    def _is_clients_copy(self) -> bool:
+        """Whether a federation has made this copy for one client's round, and given it its teacher."""
+        return self._teaching.is_prepared and getattr(self.trainer, "datamodule", None) is None
+
     def on_fit_start(self) -> None:
-        """Outside a federation, get the teacher of the data that is trained on; move it to the device."""
-        if self._learns_elsewhere:
-            return
-        if self.teacher is None and not self._teaching.is_cached:
-            self._learn_from_source()
-        if self.teacher is not None:
-            self.attach_teacher(self.teacher.to(self.device))
+        """Move the teacher, if it runs at every step, to the device."""
+        if not self._learns_elsewhere and self.teacher is not None:
+            self._teaching.network = self.teacher.to(self.device)
 
     def _learn_from_source(self) -> None:
         source = self.teacher_source
@@ -211,16 +226,21 @@ class DistillationModule(SegmentationModule):
 
     def on_fit_end(self) -> None:
         """Take the hooks off, and let the device and the data forget the teacher."""
+        if self.teacher is not None:
+            self._teaching.network = self.teacher.cpu()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Forget a teacher that came from the source, and what was set up to learn from it."""
         if self._student_taps is not None:
             self._student_taps.remove()
             self._student_taps = None
         if self._learns_elsewhere:
             return
-        if self.teacher is not None:
-            self.attach_teacher(self.teacher.cpu())
-        self._teaching.is_cached = False
-        if (data := getattr(self.trainer, "datamodule", None)) is not None:
-            data.teacher_maps = None
+        if self._teaching.is_prepared:
+            self.attach_teacher(None)
+        if hasattr(data := getattr(self.trainer, "datamodule", None), "teacher_maps"):
+            data.teacher_maps = None  # type: ignore[union-attr]
 
     # --- training -----------------------------------------------------------------------------------------------
 
@@ -242,15 +262,28 @@ class DistillationModule(SegmentationModule):
             raw = term(*match(term, ours, theirs, pixels, coordinates, self.connectors.of(name)))
             self.log(f"train/{name}_raw", raw.detach(), batch_size=len(logits), on_epoch=True)
             terms[name] = weight * raw
+        self._keep_in_graph(terms, logits, weights)
         return terms
 
+    def _keep_in_graph(self, terms: dict[str, Tensor], logits: Tensor, weights: dict[str, float]) -> None:
+        """Give parameters that no term uses in this round a gradient of 0: DDP waits for every one of them."""
+        if self._trainer is None or self.trainer.world_size == 1:
+            return
+        idle = [self.connectors.of(name) for name in self.active_losses if name not in weights]
+        unused = [p.sum() for layer in idle if layer is not None for p in layer.parameters()]
+        first = next(iter(terms))
+        terms[first] = terms[first] + 0 * torch.stack([logits.sum(), *unused]).sum()
+
     def _progress(self) -> float:
-        """Return the share of the run that has passed: of its rounds, or of its epochs outside a federation."""
-        if self.clock.round:
+        """Return the share of the run that has passed: of its rounds; outside a federation, of its epochs or steps."""
+        if self.clock.rounds:
             return self.clock.progress
-        if self._trainer is None or not self.trainer.max_epochs or self.trainer.max_epochs < 2:
+        if self._trainer is None:
             return 0.0
-        return min(1.0, self.trainer.current_epoch / (self.trainer.max_epochs - 1))
+        epochs, steps = self.trainer.max_epochs or -1, self.trainer.max_steps
+        if epochs > 1:
+            return min(1.0, self.trainer.current_epoch / (epochs - 1))
+        return min(1.0, self.trainer.global_step / steps) if steps > 0 else 0.0
 
     def teach(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return the teacher's maps for a batch by tap, without gradients: those it brings, or the teacher's answers.
@@ -261,8 +294,10 @@ class DistillationModule(SegmentationModule):
         if "teacher" in batch:
             cached: dict[str, Tensor] = batch["teacher"]
             return cached
+        taps = self._teaching.taps(self.teacher_taps)
+        dtype = next((p.dtype for p in taps.network.parameters()), batch["image"].dtype)
         with torch.no_grad():
-            maps = self._teaching.taps(self.teacher_taps)(batch["image"])
+            maps = taps(batch["image"].to(dtype))
         refuse_non_finite(maps, batch)
         return maps
 
@@ -277,4 +312,13 @@ class DistillationModule(SegmentationModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the connectors back."""
         super().on_load_checkpoint(checkpoint)
-        self.connectors.load_tensors(checkpoint.get("fkd_med", {}).get("connectors", {}))
+        stored = checkpoint.get("fkd_med", {}).get("connectors", {})
+        fits = self._trainer is not None and self.trainer.state.fn == "fit" and not self._learns_elsewhere
+        if fits and {n: t.shape for n, t in stored.items()} != {
+            n: t.shape for n, t in self.connectors.tensors().items()
+        }:
+            raise ConfigError(
+                f"The checkpoint holds the connectors {sorted(stored) or 'of no term'}, and model.losses now has "
+                f"{sorted(self.connectors.tensors()) or 'none'}: resume with the terms the run was started with."
+            )
+        self.connectors.load_tensors(stored)

@@ -69,6 +69,7 @@ class Teaching:
     def __init__(self, source: TeacherSource | None, network: nn.Module | None = None) -> None:
         self.source = source
         self.network = network
+        self.is_prepared = False  # the teacher came from the source, as network or as cached maps
         self.is_cached = False  # batches bring the teacher's maps, so no network is needed
         self._taps: Taps | None = None
 
@@ -77,19 +78,20 @@ class Teaching:
         if self._taps is not None:
             self._taps.remove()
             self._taps = None
-        self.network = network
+        self.network, self.is_prepared, self.is_cached = network, False, False
 
     def taps(self, paths: list[str]) -> Taps:
         """Return the network with these taps."""
         if self.network is None:
             raise ConfigError("Distillation needs a teacher: give model.teacher, or attach_teacher(network).")
         if self._taps is None or self._taps.paths != paths:
-            self.attach(self.network)
+            if self._taps is not None:
+                self._taps.remove()
             self._taps = Taps(self.network, paths, f"the teacher {type(self.network).__name__}")
         return self._taps
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teaching:
         """Copy the holder, not what it holds."""
         copied = Teaching(self.source, self.network)
-        copied.is_cached = self.is_cached
+        copied.is_prepared, copied.is_cached = self.is_prepared, self.is_cached
         return copied

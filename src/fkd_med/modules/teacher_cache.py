@@ -18,7 +18,7 @@ import lightning as L
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fkd_med.distillation import Taps, TeacherMaps, maps_bytes, write_maps
@@ -26,7 +26,9 @@ from fkd_med.errors import ConfigError, TrainingError
 from fkd_med.evaluation.tables import human_bytes
 from fkd_med.locks import queued
 from fkd_med.losses import LOGITS
+from fkd_med.modules.segmentation import is_plain
 from fkd_med.modules.teacher import TeacherSource, freeze
+from fkd_med.networks import size_divisor
 from fkd_med.ranks import is_first_rank
 
 Answers = Iterator[tuple[str, dict[str, NDArray[np.float32]]]]
@@ -88,15 +90,22 @@ def ensure_maps(
         return None
     key, description = cache_key(source, client, data, taps, around.precision)
     folder = store / f"{client or 'all-clients'}-{key[:16]}"
-    if is_first_rank():
+    if is_first_rank() and TeacherMaps.open(folder, key) is not None:
+        _say_found(client, data, folder, around)
+    elif is_first_rank():
         with queued(store / f".{folder.name}.lock", f"The teacher cache {store}"):
             if TeacherMaps.open(folder, key) is None:
                 _build(source, client, data, taps, around, folder, key, description)
-            elif around.reporter is not None:
-                around.reporter.line(f"teacher maps of {client or 'all clients'}: found in {folder}")
-                around.reporter.advance(image_count(data, client))
+            else:  # another process has just made them
+                _say_found(client, data, folder, around)
     around.barrier()
     return TeacherMaps.open(folder, key)
+
+
+def _say_found(client: str | None, data: Any, folder: Path, around: Surroundings) -> None:
+    if around.reporter is not None:
+        around.reporter.line(f"teacher maps of {client or 'all clients'}: found in {folder}")
+        around.reporter.advance(image_count(data, client))
 
 
 def cache_key(
@@ -107,11 +116,24 @@ def cache_key(
     description = {
         "images": data.fingerprint(client),
         "teacher": source.digest(client),
-        "network": None if architecture is None else hashlib.sha256(str(architecture).encode()).hexdigest(),
+        "network": None if architecture is None else signature(architecture),
         "taps": sorted({LOGITS, *taps}),
         "precision": precision,
     }
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest(), description
+
+
+def signature(network: nn.Module) -> str:
+    """Return a hash of all of a network that its weights do not say: classes, settings, the size it pads images to.
+
+    The settings are the plain public attributes of every module, such as the number of heads of an attention.
+    """
+    parts: list[Any] = [size_divisor(network)]
+    for path, module in network.named_modules():
+        plain = {k: str(v) for k, v in sorted(vars(module).items()) if not k.startswith("_") and is_plain(v)}
+        plain.pop("training", None)
+        parts.append([path, type(module).__qualname__, module.extra_repr(), plain])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def check_carries(data: Any) -> None:
@@ -120,7 +142,13 @@ def check_carries(data: Any) -> None:
     Raises:
         ConfigError: says what it lacks.
     """
-    lacks = [name for name in ("teacher_maps", "client_train_eval_dataloader") if not hasattr(data, name)]
+    if data is None:
+        raise ConfigError(
+            "Cached teacher maps come with a data module, and this fit has only loaders: set teacher_cache: off, or "
+            "give fit(datamodule=...)."
+        )
+    wanted = ("teacher_maps", "client_train_eval_dataloader", "fingerprint", "num_examples")
+    lacks = [name for name in wanted if not hasattr(data, name)]
     if lacks:
         raise ConfigError(
             f"{type(data).__name__} cannot carry cached teacher maps (it lacks {' and '.join(lacks)}): set "
