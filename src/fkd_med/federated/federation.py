@@ -9,6 +9,7 @@ from typing import Literal
 
 from jsonargparse import lazy_instance
 from lightning import Callback
+from torch import nn
 
 from fkd_med.aggregation import Aggregator, FedAvg, Firewall
 from fkd_med.communication import Packing
@@ -115,10 +116,33 @@ class Federation:
                 "aggregator that goes with the rule, or leave the rule out."
             )
 
+    def begin(self, student: nn.Module, clients: list[str], rounds: int) -> None:
+        """Refuse, before any work, what some later round would refuse; tell the aggregator how many clients there are.
+
+        Args:
+            student: the module that is federated.
+            clients: all clients of the run.
+            rounds: how many rounds there will be.
+
+        Raises:
+            ConfigError: names the setting, the client or the tensor, and the remedy.
+        """
+        self.policy.check(student)
+        self.participation.check(clients, rounds)
+        if self.chaos is not None:
+            self.chaos.check(clients)
+        if self.aggregator is not None:
+            self.aggregator.begin(len(clients))
+
     @property
     def is_local(self) -> bool:
         """Whether every client trains alone: everything is personal and nothing travels."""
         return self.aggregator is None
+
+    @property
+    def sections(self) -> frozenset[str]:
+        """What may travel beside the student, up or down."""
+        return self.aggregator.required_sections | self.aggregator.down_sections if self.aggregator else frozenset()
 
     def alone(self) -> Federation:
         """Return the recipe with the same training and nobody to send to."""

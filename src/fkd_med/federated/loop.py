@@ -25,9 +25,8 @@ from fkd_med.federated.client_state import ClientStates
 from fkd_med.federated.exchange import Exchange
 from fkd_med.federated.federation import Federation
 from fkd_med.federated.gathering import Gathering
-from fkd_med.federated.policy import recalibrated
+from fkd_med.federated.personal_state import show_personal
 from fkd_med.modules import RunClock
-from fkd_med.modules.teacher_cache import every_image_once
 from fkd_med.seeding import global_seed
 
 if TYPE_CHECKING:
@@ -102,7 +101,7 @@ class FederatedLoop(_FitLoop):
         self.clients = self.data.client_names()
         self.sizes = {client: self.data.num_examples(client) for client in self.clients}
         self.states = ClientStates(trainer.run_dir.clients)
-        self._check_recipe()
+        self.federation.begin(self.server, self.clients, int(self.max_epochs or 0))
         self._restore()
         self.threads = self.federation.apply_threads()
         ledger = Ledger(trainer.run_dir.ledger if trainer.is_global_zero else None)
@@ -110,7 +109,7 @@ class FederatedLoop(_FitLoop):
         absences = Absences(trainer.run_dir.absences if trainer.is_global_zero else None)
         absences.drop_after(self.round - 1)
         self.exchange = Exchange(
-            self._travelling(), self._sections(), ledger, trainer.run_dir.journal, trainer.is_global_zero,
+            self._travelling(), self.federation.sections, ledger, trainer.run_dir.journal, trainer.is_global_zero,
             self.federation.uplink, self.federation.downlink, global_seed(),
         )  # fmt: skip
         self._worker = ClientWorker(
@@ -131,20 +130,6 @@ class FederatedLoop(_FitLoop):
         self.max_batches = self.trainer.val_check_batch = len(self._choose(1))
         left = range(self.round, int(self.max_epochs or 0) + 1)
         trainer.reporter.begin("rounds", sum(len(self._choose(round)) for round in left))
-
-    def _check_recipe(self) -> None:
-        """Refuse, before any work, what some later round would refuse."""
-        federation = self.federation
-        federation.policy.check(self.server)
-        federation.participation.check(self.clients, int(self.max_epochs or 0))
-        if federation.chaos is not None:
-            federation.chaos.check(self.clients)
-        if federation.aggregator is not None:
-            federation.aggregator.begin(len(self.clients))
-
-    def _sections(self) -> frozenset[str]:
-        aggregator = self.federation.aggregator
-        return aggregator.required_sections | aggregator.down_sections if aggregator else frozenset()
 
     def _choose(self, round: int) -> list[str]:
         return self.federation.select(self.clients, global_seed(), round, self.sizes)
@@ -221,31 +206,7 @@ class FederatedLoop(_FitLoop):
         for client in chosen:
             self.states.accept(client, round)
         if self.federation.policy.staying(self.server):
-            self._show_personal(chosen)
-
-    def _show_personal(self, clients: list[str]) -> None:
-        """Let the evaluation see the tensors that stay with each client."""
-        personal, federation = getattr(self.server, "personal", None), self.federation
-        if personal is None:
-            raise ConfigError(
-                f"This federation keeps tensors with each client, which {type(self.server).__name__} cannot hold: "
-                "derive your module from fkd_med.modules.SegmentationModule."
-            )
-        personal.keeps_best = federation.is_local  # else a client's own tensors belong to the global ones of the round
-        personal.by_client |= {client: self.states.load(client).personal for client in clients}
-        if federation.policy.batch_norm == "recalibrate" and not federation.is_local:
-            for client in self.clients:
-                personal.by_client[client] = personal.by_client.get(client, {}) | self._recalibrated(client)
-
-    def _recalibrated(self, client: str) -> State:
-        """Return a client's BatchNorm statistics under the new global weights."""
-        give = getattr(self.data, "client_train_eval_dataloader", None)
-        if give is None:
-            raise ConfigError(
-                f"batch_norm: recalibrate needs the training images in order, and {type(self.data).__name__} has no "
-                "client_train_eval_dataloader: use average or local."
-            )
-        return recalibrated(self.server, every_image_once(give(client)))
+            show_personal(self.server, self.federation, self.states, self.data, chosen)
 
     def _log(self, round: int) -> None:
         """Write the ledger, and log what the clients measured and what travelled."""

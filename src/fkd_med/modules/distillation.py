@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, Literal
 
 import torch
@@ -12,9 +11,16 @@ from torch import Tensor, nn
 from fkd_med.distillation import Connectors, Taps, TeacherMaps, match, rehearse, sample_image
 from fkd_med.errors import ConfigError
 from fkd_med.losses import LOGITS, DistillationTerm, LogitKL, Pixels, supervised_loss
+from fkd_med.modules.distillation_checks import (
+    check_connectors_fit,
+    check_connectors_known,
+    check_losses,
+    check_taps_are_cached,
+    weights_at,
+)
 from fkd_med.modules.segmentation import SegmentationModule
 from fkd_med.modules.teacher import TeacherSource, Teaching, freeze
-from fkd_med.modules.teacher_cache import Surroundings, check_carries, ensure_maps, refuse_non_finite
+from fkd_med.modules.teacher_cache import Surroundings, check_carries, check_precision, ensure_maps, refuse_non_finite
 from fkd_med.seeding import global_seed, seeded
 
 TeacherCache = Literal["off", "logits", "taps"]
@@ -60,32 +66,8 @@ class DistillationModule(SegmentationModule):
         self.losses = dict(losses) if losses is not None else {"logit_kl": LogitKL()}
         self.supervised_weight = supervised_weight
         self.teacher_cache = teacher_cache or "off"
-        self._check()
-
-    def _check(self) -> None:
-        odd = [name for name in self.losses if not re.fullmatch(r"\w+", name, re.ASCII)]
-        if odd:
-            raise ConfigError(f"model.losses: {', '.join(odd)} names a term; use letters, digits and '_' only.")
-        taken = [name for name in self.losses if name in ("supervised", "loss") or hasattr(nn.ModuleDict, name)]
-        if taken:
-            raise ConfigError(f"model.losses: {taken[0]!r} is taken by something else; give the term another name.")
-        if self.supervised_weight == 0:
-            idle = [share for share in range(101) if not self.weights_at(share / 100)]
-            if not self.active_losses:
-                raise ConfigError(
-                    "Every weight of the loss is 0: give model.supervised_weight or a term of model.losses."
-                )
-            if idle:
-                raise ConfigError(
-                    f"After {idle[0]} % of the run every weight of the loss is 0, by the schedules of model.losses: "
-                    "give model.supervised_weight, or let a term stay."
-                )
-        tapping = [name for name, term in self.active_losses.items() if term.teacher_tap != LOGITS]
-        if self.teacher_cache == "logits" and tapping:
-            raise ConfigError(
-                f"model.losses.{tapping[0]} taps features of the teacher, and model.teacher_cache: logits keeps only "
-                "its logits. Set it to taps (they may need much disk; the size is said before), or to off."
-            )
+        check_losses(self.losses, supervised_weight)
+        check_taps_are_cached(self.losses, self.teacher_cache)
 
     # --- what is distilled, and from whom -----------------------------------------------------------------------
 
@@ -93,11 +75,6 @@ class DistillationModule(SegmentationModule):
     def active_losses(self) -> dict[str, DistillationTerm]:
         """The distillation terms whose weight is not 0."""
         return {name: term for name, term in self.losses.items() if term.weight != 0}
-
-    def weights_at(self, progress: float) -> dict[str, float]:
-        """Return the weights that are not 0 when this share of the run has passed, 0 to 1, by term."""
-        weights = {name: term.weight_at(progress) for name, term in self.losses.items()}
-        return {name: weight for name, weight in weights.items() if weight != 0}
 
     @property
     def teacher_taps(self) -> list[str]:
@@ -119,19 +96,11 @@ class DistillationModule(SegmentationModule):
         self._teaching.attach(None if teacher is None else freeze(teacher))
 
     def check_data(self, data: Any, around: Surroundings) -> None:
-        """Refuse data whose batches cannot carry the cached maps that the configuration asks for.
-
-        Raises:
-            ConfigError: says what the data module lacks.
-        """
+        """Refuse data and precisions that cannot carry the cached maps that the configuration asks for."""
         source = self.teacher_source
         if self.teacher_cache != "off" and source is not None and source.maps_folder() and not around.is_trial:
             check_carries(data)
-            if around.precision in ("bf16-true", "16-true"):
-                raise ConfigError(
-                    f"trainer.precision: {around.precision} would round the places that cached teacher maps are read "
-                    "at: use bf16-mixed or 16-mixed, or model.teacher_cache: off."
-                )
+            check_precision(around.precision)
 
     def learn_from(self, client: str | None, data: Any, maps: TeacherMaps | None) -> None:
         """Take a client's teacher: its cached maps, which training batches of `data` then bring, or the network.
@@ -183,17 +152,9 @@ class DistillationModule(SegmentationModule):
         image = sample_image(data)
         if image is not None:
             self.rehearse(image)
-        self._refuse_unknown_connectors()
+        check_connectors_known(self.active_losses, self.connectors)
         if self.teacher is None:  # now, since a scheduler may ask for the training batches before `on_fit_start`
             self._learn_from_source()
-
-    def _refuse_unknown_connectors(self) -> None:
-        missing = [n for n, t in self.active_losses.items() if t.connector is not None and n not in self.connectors]
-        if missing:
-            raise ConfigError(
-                f"model.losses.{missing[0]} has a connector, whose size nobody knows yet: call rehearse(image) of the "
-                "module before fit, or train with fkd_med.data.FederatedDataModule."
-            )
 
     @property
     def _learns_elsewhere(self) -> bool:
@@ -246,7 +207,7 @@ class DistillationModule(SegmentationModule):
 
     def loss_terms(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return the weighted supervised loss and distillation terms of a batch."""
-        weights = self.weights_at(self._progress())
+        weights = weights_at(self.losses, self._progress())
         if self._student_taps is None:
             self._student_taps = Taps(self.network, [t.student_tap for t in self.active_losses.values()], "the student")
         shown = self._student_taps(batch["image"], self)
@@ -314,11 +275,6 @@ class DistillationModule(SegmentationModule):
         super().on_load_checkpoint(checkpoint)
         stored = checkpoint.get("fkd_med", {}).get("connectors", {})
         fits = self._trainer is not None and self.trainer.state.fn == "fit" and not self._learns_elsewhere
-        if fits and {n: t.shape for n, t in stored.items()} != {
-            n: t.shape for n, t in self.connectors.tensors().items()
-        }:
-            raise ConfigError(
-                f"The checkpoint holds the connectors {sorted(stored) or 'of no term'}, and model.losses now has "
-                f"{sorted(self.connectors.tensors()) or 'none'}: resume with the terms the run was started with."
-            )
+        if fits:
+            check_connectors_fit(stored, self.connectors)
         self.connectors.load_tensors(stored)

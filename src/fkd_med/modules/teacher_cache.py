@@ -156,6 +156,19 @@ def check_carries(data: Any) -> None:
         )
 
 
+def check_precision(precision: str) -> None:
+    """Refuse precisions in which Lightning rounds the batches, and with them the places that maps are read at.
+
+    Raises:
+        ConfigError: names the precision and the remedy.
+    """
+    if precision in ("bf16-true", "16-true"):
+        raise ConfigError(
+            f"trainer.precision: {precision} would round the places that cached teacher maps are read at: use "
+            f"{precision.replace('true', 'mixed')}, or model.teacher_cache: off."
+        )
+
+
 def image_count(data: Any, client: str | None) -> int:
     """Return how many images a client's cache holds."""
     return sum(data.num_examples(name) for name in ([client] if client else data.client_names()))

@@ -1,0 +1,54 @@
+"""Shows an evaluation the tensors that stay with each client, as they belong to the new global student."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+
+from fkd_med.communication import State
+from fkd_med.errors import ConfigError
+from fkd_med.federated.client_state import ClientStates
+from fkd_med.federated.federation import Federation
+from fkd_med.federated.policy import recalibrated
+from fkd_med.modules.teacher_cache import every_image_once
+
+
+def show_personal(
+    server: L.LightningModule, federation: Federation, states: ClientStates, data: Any, clients: list[str]
+) -> None:
+    """Put the clients' own tensors where the server's evaluation, test and checkpoints find them.
+
+    Args:
+        server: the module with the new global student.
+        federation: says which tensors stay, and whether BatchNorm is recalibrated.
+        states: what clients keep.
+        data: the data module.
+        clients: those whose update is part of the round.
+
+    Raises:
+        ConfigError: the module cannot hold such tensors, or the data give no training images in order.
+    """
+    personal = getattr(server, "personal", None)
+    if personal is None:
+        raise ConfigError(
+            f"This federation keeps a student, or parts of one, per client (aggregator: null, batch_norm or personal), "
+            f"which {type(server).__name__} cannot hold: derive your module from fkd_med.modules.SegmentationModule."
+        )
+    personal.keeps_best = federation.is_local  # else a client's own tensors belong to the global ones of the round
+    personal.by_client |= {client: states.load(client).personal for client in clients}
+    if federation.policy.batch_norm == "recalibrate" and not federation.is_local:
+        for client in data.client_names():
+            own = personal.by_client.get(client, {})
+            personal.by_client[client] = own | _statistics(server, data, client)
+
+
+def _statistics(server: L.LightningModule, data: Any, client: str) -> State:
+    """Return a client's BatchNorm statistics under the new global weights."""
+    give = getattr(data, "client_train_eval_dataloader", None)
+    if give is None:
+        raise ConfigError(
+            f"federation.batch_norm: recalibrate needs the training images in order, and {type(data).__name__} has no "
+            "client_train_eval_dataloader: use average or local."
+        )
+    return recalibrated(server, every_image_once(give(client)))

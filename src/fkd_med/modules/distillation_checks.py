@@ -1,0 +1,86 @@
+"""What a distillation's configuration must make sense of before anything trains: names, weights, taps, connectors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from fkd_med.distillation import Connectors
+from fkd_med.errors import ConfigError
+from fkd_med.losses import LOGITS, DistillationTerm
+
+Terms = Mapping[str, DistillationTerm]
+
+
+def weights_at(losses: Terms, progress: float) -> dict[str, float]:
+    """Return the weights that are not 0 when this share of the run has passed, 0 to 1, by term."""
+    weights = {name: term.weight_at(progress) for name, term in losses.items()}
+    return {name: weight for name, weight in weights.items() if weight != 0}
+
+
+def check_losses(losses: Terms, supervised_weight: float) -> None:
+    """Refuse names that terms cannot have, and weights that leave no loss at some time of the run.
+
+    Raises:
+        ConfigError: names the term or the time.
+    """
+    odd = [name for name in losses if not re.fullmatch(r"\w+", name, re.ASCII)]
+    if odd:
+        raise ConfigError(f"model.losses: {', '.join(odd)} names a term; use letters, digits and '_' only.")
+    taken = [name for name in losses if name in ("supervised", "loss") or hasattr(nn.ModuleDict, name)]
+    if taken:
+        raise ConfigError(f"model.losses: {taken[0]!r} is taken by something else; give the term another name.")
+    if supervised_weight != 0:
+        return
+    if all(term.weight == 0 for term in losses.values()):
+        raise ConfigError("Every weight of the loss is 0: give model.supervised_weight or a term of model.losses.")
+    idle = [share for share in range(101) if not weights_at(losses, share / 100)]
+    if idle:
+        raise ConfigError(
+            f"After {idle[0]} % of the run every weight of the loss is 0, by the schedules of model.losses: "
+            "give model.supervised_weight, or let a term stay."
+        )
+
+
+def check_taps_are_cached(losses: Terms, teacher_cache: str) -> None:
+    """Refuse terms on features of the teacher when its cache keeps only logits.
+
+    Raises:
+        ConfigError: names the term and the remedy.
+    """
+    tapping = [name for name, term in losses.items() if term.weight != 0 and term.teacher_tap != LOGITS]
+    if teacher_cache == "logits" and tapping:
+        raise ConfigError(
+            f"model.losses.{tapping[0]} taps features of the teacher, and model.teacher_cache: logits keeps only "
+            "its logits. Set it to taps (they may need much disk; the size is said before), or to off."
+        )
+
+
+def check_connectors_known(losses: Terms, connectors: Connectors) -> None:
+    """Refuse to train while a term's connector has no size.
+
+    Raises:
+        ConfigError: names the term and says how it gets one.
+    """
+    missing = [name for name, term in losses.items() if term.connector is not None and name not in connectors]
+    if missing:
+        raise ConfigError(
+            f"model.losses.{missing[0]} has a connector, whose size nobody knows yet: call rehearse(image) of the "
+            "module before fit, or train with fkd_med.data.FederatedDataModule."
+        )
+
+
+def check_connectors_fit(stored: Mapping[str, Tensor], connectors: Connectors) -> None:
+    """Refuse to go on from a checkpoint with connectors of other terms.
+
+    Raises:
+        ConfigError: names those of the checkpoint and those of the configuration.
+    """
+    held = connectors.tensors()
+    if {name: t.shape for name, t in stored.items()} != {name: t.shape for name, t in held.items()}:
+        raise ConfigError(
+            f"The checkpoint holds the connectors {sorted(stored) or 'of no term'}, and model.losses now has "
+            f"{sorted(held) or 'none'}: resume with the terms the run was started with."
+        )
