@@ -97,7 +97,8 @@ def test_overwrite_starts_afresh_and_finds_its_teachers(
     options = ("--federation.local_baseline=false", "--federation.rounds=1", "--test_after_fit=false")
     assert command(tiny_run, "fit", run, "--overwrite", *options) == 0
     out = capsys.readouterr().out
-    assert out.count("found in") == 2
+    assert out.count("teacher of hospital") == out.count("teacher maps of hospital") == 2
+    assert out.count("found in") == 4
     assert not (run / "local" / "images.csv").exists() and not (run / "report.md").exists()
     assert (run / "mine.txt").read_text() == "a note"
 
@@ -157,7 +158,9 @@ def test_central_distillation_uses_the_pooled_teacher(tiny_run: Path, tmp_path: 
     (tmp_path / "central.yaml").write_text(yaml.safe_dump(config))
     run = tmp_path / "run"
     assert main(["fit", "--config", str(tmp_path / "central.yaml"), "--run_dir", str(run)]) == 0
-    assert [path.name.rsplit("-", 1)[0] for path in (tmp_path / "store").iterdir()] == ["all-clients"]
+    stored = {path.name.rsplit("-", 1)[0] for path in (tmp_path / "store").iterdir()}
+    assert stored == {"all-clients", "maps"}
+    assert [path.name.rsplit("-", 1)[0] for path in (tmp_path / "store/maps").glob("[!.]*")] == ["all-clients"]
     arms = {(row.arm, row.model) for row in ImageTable.read(run / "images.csv").of("test")}
     assert arms == {("", "teacher"), ("pooled", "student")}
 
@@ -179,5 +182,5 @@ def test_teachers_alone(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert command(tiny_run, "teachers", tmp_path / "run", f"--model.teacher.store={store}") == 0
     assert sorted(path.name.rsplit("-", 1)[0] for path in store.iterdir()) == ["hospital-a", "hospital-b"]
     assert command(tiny_run, "teachers", tmp_path / "run", f"--model.teacher.store={store}") == 0
-    assert capsys.readouterr().out.count("found in") == 2
+    assert capsys.readouterr().out.count("found in") == 4  # teachers and their maps
     assert not (tmp_path / "run").exists()
