@@ -31,8 +31,9 @@ def worker(fed: Any, folder: Path, federation: Federation, module: Any, **flags:
 
 
 def by_hand(
-    fed: Any, module: Any, client: str, round: int, correct: Correct, accumulate: int = 1, clip: float | None = None
-) -> dict[str, Tensor]:
+    fed: Any, module: Any, client: str, round: int, correct: Correct, accumulate: int = 1, clip: float | None = None,
+    bf16: bool = False,
+) -> dict[str, Tensor]:  # fmt: skip
     """Train a copy for one epoch of a round, adding `correct` to each gradient, and return its state."""
     trained = copy.deepcopy(module).train()
     optimizer = module.optimizer(trained.parameters())
@@ -41,7 +42,8 @@ def by_hand(
         group = batches[first : first + accumulate]
         optimizer.zero_grad()
         for batch in group:
-            loss = trained.loss(trained(batch["image"]), batch["mask"])
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = trained.loss(trained(batch["image"]), batch["mask"])
             (loss / accumulate).backward()
         for name, parameter in trained.named_parameters():
             parameter.grad = parameter.grad + correct(name, parameter.detach())
@@ -57,7 +59,9 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], **option
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6, msg=name, **options)
 
 
-@pytest.mark.parametrize("flags", [{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.5}])
+@pytest.mark.parametrize(
+    "flags", [{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.5}, {"precision": "bf16-mixed"}]
+)
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_fedprox_is_a_pull_to_the_global_weights(fed, tmp_path, flags, optimizer) -> None:
     mu, module = 5.0, fed.student(optimizer=getattr(fed, optimizer))
@@ -66,7 +70,7 @@ def test_fedprox_is_a_pull_to_the_global_weights(fed, tmp_path, flags, optimizer
     update = worker(fed, tmp_path, federation, module, **flags).fit("c", Broadcast(1, start))
     expected = by_hand(
         fed, module, "c", 1, lambda name, w: mu * (w - start[name]),
-        flags.get("accumulate_grad_batches", 1), flags.get("gradient_clip_val"),
+        flags.get("accumulate_grad_batches", 1), flags.get("gradient_clip_val"), "precision" in flags,
     )  # fmt: skip
     assert_close(update.state, expected)
     plain = worker(fed, tmp_path, Federation(), module, **flags).fit("c", Broadcast(1, start))
