@@ -62,7 +62,7 @@ def queued(path: str | Path, what: str) -> Iterator[None]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = open(path, "w")  # noqa: SIM115
+        handle = open(path, "w")  # noqa: SIM115 - closed by the block below; only opening it may fail here
     except OSError as error:
         raise RunError(f"{what} cannot be written. {write_error(path, error)}") from error
     with handle:

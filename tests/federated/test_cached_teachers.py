@@ -95,7 +95,28 @@ def test_connectors_stay_with_their_client(fed, root, tmp_path, captured) -> Non
     assert len(kept) == 2 and not torch.equal(*kept)  # each client's own
 
 
-def test_connectors_go_on_from_round_to_round_and_resume_exactly(fed, root, tmp_path) -> None:
+def test_connectors_go_on_where_the_clients_last_round_ended(fed, root, tmp_path) -> None:
+    starts: list[torch.Tensor] = []
+    ends: list[torch.Tensor] = []
+
+    class Note(L.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            starts.append(pl_module.connectors.tensors()["hint.weight"])
+
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            ends.append(pl_module.connectors.tensors()["hint.weight"])
+
+        def __deepcopy__(self, memo: Any) -> Note:
+            return self
+
+    module = distilled(fed, tmp_path / "store", losses=HINT, teacher_cache="taps")
+    run(fed, tmp_path / "run", root, module, federation={"client_callbacks": [Note()]})
+    assert len(starts) == 4 and torch.equal(starts[0], starts[1])  # two clients, two rounds; all begin alike
+    assert torch.equal(starts[2], ends[0]) and torch.equal(starts[3], ends[1])
+    assert not torch.equal(ends[0], starts[0])
+
+
+def test_connectors_resume_exactly(fed, root, tmp_path) -> None:
     def connectors(folder: Path) -> list[torch.Tensor]:
         paths = [sorted((folder / "clients" / c).glob("state-*.pt"))[-1] for c in ("hospital-a", "hospital-b")]
         return [read_checkpoint(path)["connectors"]["hint.weight"] for path in paths]

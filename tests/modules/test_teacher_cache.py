@@ -383,20 +383,22 @@ def test_each_fit_gets_the_teacher_of_its_own_data(root: Path, tmp_path: Path) -
 
 def test_the_key_knows_settings_that_neither_text_nor_weights_show(root: Path, tmp_path: Path) -> None:
     class Scaled(nn.Module):
-        size_divisor = 1
-
-        def __init__(self, heads: int) -> None:
+        def __init__(self, heads: int, divisor: int = 1) -> None:
             super().__init__()
+            self._divisor = divisor
             self.heads, self.layer = heads, nn.Conv2d(3, 1, 1)
             nn.init.ones_(self.layer.weight)
+
+        @property
+        def size_divisor(self) -> int:
+            return self._divisor
 
         def forward(self, x: Tensor) -> Tensor:
             return self.layer(x) * self.heads
 
-    one, other, divided = Scaled(1), Scaled(2), Scaled(1)
+    one, other, divided = Scaled(1), Scaled(2), Scaled(1, divisor=8)
     other.layer.load_state_dict(one.layer.state_dict())
     divided.layer.load_state_dict(one.layer.state_dict())
-    divided.size_divisor = 8
     assert str(one) == str(other)
     data = hospitals(root)
     keys = {cache_key(Source(n, tmp_path), None, data, [], "32-true")[0] for n in (one, other, divided)}

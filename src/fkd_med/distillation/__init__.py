@@ -2,13 +2,12 @@
 
 from fkd_med.distillation.connectors import Connectors
 from fkd_med.distillation.matching import match
-from fkd_med.distillation.rehearsal import Rehearsed, rehearse, sample_image
+from fkd_med.distillation.rehearsal import rehearse, sample_image
 from fkd_med.distillation.taps import Taps
 from fkd_med.distillation.teacher_maps import TeacherMaps, maps_bytes, write_maps
 
 __all__ = [
     "Connectors",
-    "Rehearsed",
     "Taps",
     "TeacherMaps",
     "maps_bytes",

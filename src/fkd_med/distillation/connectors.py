@@ -24,7 +24,7 @@ class Connectors(nn.ModuleDict):
 
     def of(self, term: str) -> nn.Module | None:
         """Return the layer of a term, if it has one."""
-        return self[term] if term in self else None  # noqa: SIM401 - a ModuleDict has no get
+        return dict(self.items()).get(term)
 
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
         """Add nothing to the state dict of the module around this one."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,20 +19,9 @@ from fkd_med.errors import ConfigError
 from fkd_med.losses import LOGITS, DistillationTerm, Pixels
 
 
-@dataclass(frozen=True)
-class Rehearsed:
-    """What a dry pass found.
-
-    Args:
-        teacher: shape (C, h, w) of each tapped map of the teacher.
-        connectors: for each term that has one, its layer from the student's channels to the teacher's.
-    """
-
-    teacher: dict[str, tuple[int, int, int]]
-    connectors: dict[str, nn.Module]
-
-
-def rehearse(student: nn.Module, teacher: nn.Module, terms: Mapping[str, DistillationTerm], image: Tensor) -> Rehearsed:
+def rehearse(
+    student: nn.Module, teacher: nn.Module, terms: Mapping[str, DistillationTerm], image: Tensor
+) -> dict[str, nn.Module]:
     """Run both networks on one image and every term on what they return; change nothing.
 
     Args:
@@ -41,6 +29,9 @@ def rehearse(student: nn.Module, teacher: nn.Module, terms: Mapping[str, Distill
         teacher: a network of the teacher's architecture; it need not be trained.
         terms: the terms by name.
         image: one image (1, C, H, W).
+
+    Returns:
+        For each term that has a connector, its layer from the student's channels to the teacher's.
 
     Raises:
         ConfigError: names the term and what is wrong: a tap that does not exist (with the nearest modules), or maps
@@ -62,8 +53,7 @@ def rehearse(student: nn.Module, teacher: nn.Module, terms: Mapping[str, Distill
             connectors[name] = term.connector(ours.shape[1], theirs.shape[1])
         tried = copy.deepcopy(connectors[name]).eval() if name in connectors else None  # its statistics stay
         _try(name, term, ours, theirs, shown["student"][LOGITS].shape[1], image, tried)
-    shapes = {tap: (int(m.shape[1]), int(m.shape[2]), int(m.shape[3])) for tap, m in shown["teacher"].items()}
-    return Rehearsed(shapes, connectors)
+    return connectors
 
 
 def sample_image(data: Any) -> Tensor | None:

@@ -6,7 +6,7 @@ import csv
 import io
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from fkd_med.files import append_text, atomic_write_text
 
@@ -45,7 +45,8 @@ class Absences:
         if path is not None and path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n")]
-            self.rows = [Absence(int(r["round"]), r["client"], r["kind"], r["reason"]) for r in csv.DictReader(whole)]  # type: ignore[arg-type]
+            rows = csv.DictReader(whole)
+            self.rows = [Absence(int(r["round"]), r["client"], cast(Kind, r["kind"]), r["reason"]) for r in rows]
 
     def note(self, absence: Absence) -> None:
         """Add one, durably."""

@@ -58,7 +58,7 @@ class Federation:
         fraction: float = 1.0,
         participation: Participation | None = None,
         quorum: float = 1.0,
-        firewall: Firewall | None = lazy_instance(Firewall),  # noqa: B008
+        firewall: Firewall | None = lazy_instance(Firewall),  # noqa: B008 - made when first used
         client_rules: list[ClientRule] | None = None,
         uplink: Packing | None = None,
         downlink: Packing | None = None,

@@ -139,11 +139,6 @@ class FederatedLoop(_FitLoop):
         trainer: FederatedTrainer = self.trainer  # type: ignore[assignment]
         return trainer
 
-    @property
-    def _clients_worker(self) -> ClientWorker:
-        assert self._worker is not None, "setup_data comes first"
-        return self._worker
-
     def _state(self) -> State:
         """Copy the global student's tensors to the CPU."""
         return {name: tensor.detach().cpu().clone() for name, tensor in self.server.state_dict().items()}

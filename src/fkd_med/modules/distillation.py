@@ -60,7 +60,6 @@ class DistillationModule(SegmentationModule):
         super().__init__(network, loss, optimizer, scheduler, scheduler_interval)
         self._teaching = Teaching(teacher)
         self._student_taps: Taps | None = None
-        self._is_rehearsed = False
         self.connectors = Connectors()
         self.model_name = "student"
         self.losses = dict(losses) if losses is not None else {"logit_kl": LogitKL()}
@@ -135,10 +134,9 @@ class DistillationModule(SegmentationModule):
             return
         with seeded(global_seed(), "connectors"):
             found = rehearse(self.network, teacher, self.active_losses, image)
-        for name, layer in found.connectors.items():  # in the order of the terms, on every rank and in every run
+        for name, layer in found.items():  # in the order of the terms, on every rank and in every run
             if name not in self.connectors:
                 self.connectors[name] = layer.to(self.device)
-        self._is_rehearsed = True
 
     def setup(self, stage: str) -> None:
         """Make the dry pass before training outside a federation; the server of one has made it for its clients."""
@@ -176,7 +174,7 @@ class DistillationModule(SegmentationModule):
         if source is None:
             raise ConfigError("Distillation needs a teacher: give model.teacher, or use SegmentationModule.")
         trainer = self.trainer
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data = getattr(trainer, "datamodule", None)
         client = getattr(data, "client", None)
         source.check_names([client] if client else [])
         source.ensure(client, data, **getattr(trainer, "teacher_options", dict)())
@@ -200,8 +198,9 @@ class DistillationModule(SegmentationModule):
             return
         if self._teaching.is_prepared:
             self.attach_teacher(None)
-        if hasattr(data := getattr(self.trainer, "datamodule", None), "teacher_maps"):
-            data.teacher_maps = None  # type: ignore[union-attr]
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "teacher_maps"):
+            data.teacher_maps = None
 
     # --- training -----------------------------------------------------------------------------------------------
 

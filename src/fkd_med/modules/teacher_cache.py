@@ -90,16 +90,18 @@ def ensure_maps(
         return None
     key, description = cache_key(source, client, data, taps, around.precision)
     folder = store / f"{client or 'all-clients'}-{key[:16]}"
-    if is_first_rank() and TeacherMaps.open(folder, key) is not None:
+    maps = TeacherMaps.open(folder, key) if is_first_rank() else None
+    if maps is not None:
         _say_found(client, data, folder, around)
     elif is_first_rank():
         with queued(store / f".{folder.name}.lock", f"The teacher cache {store}"):
-            if TeacherMaps.open(folder, key) is None:
-                _build(source, client, data, taps, around, folder, key, description)
+            maps = TeacherMaps.open(folder, key)
+            if maps is None:
+                maps = _build(source, client, data, taps, around, folder, key, description)
             else:  # another process has just made them
                 _say_found(client, data, folder, around)
     around.barrier()
-    return TeacherMaps.open(folder, key)
+    return maps if maps is not None else TeacherMaps.open(folder, key)
 
 
 def _say_found(client: str | None, data: Any, folder: Path, around: Surroundings) -> None:
@@ -177,7 +179,7 @@ def image_count(data: Any, client: str | None) -> int:
 def _build(
     source: TeacherSource, client: str | None, data: Any, taps: Sequence[str], around: Surroundings,
     folder: Path, key: str, description: dict[str, Any],
-) -> None:  # fmt: skip
+) -> TeacherMaps:  # fmt: skip
     loader = every_image_once(data.client_train_eval_dataloader(client))
     ids = _ids(loader.dataset)
     network = freeze(source.load(client)).to(around.device)
@@ -187,7 +189,7 @@ def _build(
         if around.reporter is not None:
             size = human_bytes(maps_bytes(len(ids), shapes))
             around.reporter.line(f"teacher maps of {client or 'all clients'}: {len(ids)} images, {size} in {folder}")
-        write_maps(folder, key, description, ids, shapes, _answers(tapped, loader, client, around))
+        return write_maps(folder, key, description, ids, shapes, _answers(tapped, loader, client, around))
     finally:
         tapped.remove()
         network.cpu()
