@@ -48,7 +48,7 @@ docs: $(STAMP)  ## Check README, docs and notebook: links, commands, keys, that 
 	$(BIN)/python -m pytest tests/test_documents.py $(ARGS)
 
 bench: $(STAMP)  ## Run the programs in benchmarks/, one after the other
-	@shopt -s nullglob; programs=(benchmarks/*.py); \
+	@shopt -s nullglob; programs=(benchmarks/[!_]*.py); \
 	if [ $${#programs[@]} -eq 0 ]; then echo "There are no benchmarks yet."; fi; \
 	for program in "$${programs[@]}"; do echo "==> $$program"; $(BIN)/python "$$program"; done
 
