@@ -101,3 +101,15 @@ def test_too_few_updates_are_refused_with_numbers(make: Any, count: int, needed:
 def test_keeping_more_than_can_be_honest_is_refused() -> None:
     with pytest.raises(TrainingError, match=rf"keeps 6 of {len(CLIENTS)} updates, of which 2 may lie.*5 at most"):
         MultiKrum(2, keep=6).aggregate(START, updates_of(START))
+
+
+def test_a_liar_that_was_set_aside_need_not_be_found_again() -> None:
+    start, updates = line([0.0, 1.0, 2.0, 4.0])
+    rule = MultiKrum(1)
+    with pytest.raises(TrainingError, match="needs 5 updates, but 4 came"):
+        rule.aggregate(start, updates)
+    rule.set_aside(1)  # one came and was refused: of the four others nobody lies
+    assert rule.aggregate(start, updates)["w"].item() == pytest.approx(1.75)
+    rule.set_aside(0)  # in the next round all five may lie again
+    with pytest.raises(TrainingError, match="needs 5 updates, but 4 came"):
+        rule.aggregate(start, updates)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fkd_med.aggregation import CoordinateMedian
+from fkd_med.aggregation import CoordinateMedian, MultiKrum
 from fkd_med.aggregation.firewall import Firewall
 from fkd_med.errors import ConfigError, TrainingError
 from fkd_med.federated import Chaos, Federation, Number
@@ -42,7 +42,7 @@ def test_a_liar_is_set_aside_and_the_round_goes_on(fed, tmp_path, lie) -> None:
 def test_without_firewall_and_with_a_plain_mean_one_liar_ruins_the_model(fed, tmp_path) -> None:
     ruined, _ = run(fed, tmp_path, rounds=1, chaos=Chaos(liars={"b": "scale"}, scale=1000.0), firewall=None)
     honest, _ = run(fed, tmp_path / "honest", rounds=1)
-    gap = max(float((a - b).abs().max()) for a, b in zip(ruined.parameters(), honest.parameters(), strict=True))
+    gap = max(float((a - b).detach().abs().max()) for a, b in zip(ruined.parameters(), honest.parameters(), strict=True))
     assert gap > 1.0
 
 
@@ -52,6 +52,13 @@ def test_a_median_needs_no_firewall(fed, tmp_path) -> None:
         aggregator=CoordinateMedian(),
     )  # fmt: skip
     assert max(float(parameter.abs().max()) for parameter in module.parameters()) < 2.0
+
+
+def test_krum_goes_on_when_the_firewall_has_found_its_liar(fed, tmp_path) -> None:
+    recipe = {"chaos": Chaos(liars={"c": "nan"}), "quorum": 0.8, "aggregator": MultiKrum(byzantine=1)}
+    module, trainer = fed.student(), fed.trainer(tmp_path, Federation(rounds=2, **recipe))
+    trainer.fit(module, datamodule=fed.Hospitals(sizes=dict.fromkeys("abcde", 8)))
+    assert absences(tmp_path) == [("1", "c", "quarantined"), ("2", "c", "quarantined")]
 
 
 def test_too_few_usable_updates_stop_the_run_and_name_everybody(fed, tmp_path) -> None:

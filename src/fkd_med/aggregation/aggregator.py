@@ -32,6 +32,13 @@ class Aggregator(ABC):
             num_clients: all clients, not those of one round.
         """
 
+    def set_aside(self, count: int) -> None:  # noqa: B027 - a hook that most rules do not need
+        """Hear how many updates the firewall has set aside in a round; called before the round's `aggregate`.
+
+        Args:
+            count: updates that came and will not be given to `aggregate`.
+        """
+
     def broadcast_extras(self) -> Extras:
         """Return what the server sends along with the next broadcast, sections of `down_sections`; none by default."""
         return {}

@@ -23,7 +23,8 @@ class MultiKrum(Aggregator):
     better, ties go to the name that sorts first). Distances are over the parameters, from differences in float64.
     BatchNorm's statistics and integer buffers, which differ between hospitals for honest reasons, have no part in
     the score and so are not taken from the chosen either: they are the median of all clients. Clients count alike.
-    Reads the updates several times, at most `max_bytes` of them at once.
+    Reads the updates several times, at most `max_bytes` of them at once. An update that the firewall has set aside was
+    one of the f, so fewer may lie among the others.
 
     Args:
         byzantine: f, how many clients may lie; needs ``n >= 2 f + 3`` updates in each round.
@@ -42,6 +43,11 @@ class MultiKrum(Aggregator):
             raise ConfigError(f"{type(self).__name__}: keep must be 1 or above, not {keep}.")
         self.byzantine = byzantine
         self.keep = keep
+        self._left = byzantine
+
+    def set_aside(self, count: int) -> None:
+        """Count those set aside among the liars."""
+        self._left = max(0, self.byzantine - count)
 
     def aggregate(self, broadcast: Broadcast, updates: Iterable[Update]) -> State:
         """Return the mean of the updates chosen; see `Aggregator.aggregate`."""
@@ -54,12 +60,12 @@ class MultiKrum(Aggregator):
 
     def _chosen(self, readings: Readings, names: list[str], round: int) -> set[str]:
         keep = self._kept(len(readings.clients), round)
-        scores = krum_scores(squared_distances(readings, names), self.byzantine).tolist()
+        scores = krum_scores(squared_distances(readings, names), self._left).tolist()
         ranked = sorted(zip(scores, readings.clients, strict=True))
         return {client for _, client in ranked[:keep]}
 
     def _kept(self, clients: int, round: int) -> int:
-        name, f = type(self).__name__, self.byzantine
+        name, f = type(self).__name__, self._left
         if clients < 2 * f + 3:
             raise TrainingError(
                 f"Round {round}: {name} with byzantine {f} needs {2 * f + 3} updates, but {clients} came. "

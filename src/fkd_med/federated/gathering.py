@@ -103,6 +103,7 @@ class Gathering:
         for client, quarantine in sorted(found.items()):
             reason = f"tensor {quarantine.tensor} {quarantine.reason}" if quarantine.tensor else quarantine.reason
             self._miss(broadcast.round, client, "quarantined", reason)
+        aggregator.set_aside(len(found))
         return {client: path for client, path in files.items() if client not in found}
 
     def check_quorum(self, round: int, chosen: list[str], usable: int) -> None:
