@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from fkd_med.communication import Broadcast, Ledger, Update, counterfactual_bytes, encode
+from fkd_med.communication import Broadcast, Ledger, Link, Update, counterfactual_bytes, encode
 from fkd_med.communication.wire import DTYPES
-from fkd_med.errors import RunError
+from fkd_med.errors import ConfigError, RunError
 
 
 def filled(path: Path | None) -> Ledger:
@@ -52,7 +52,7 @@ def test_the_file_is_appended_to_and_read_back(tmp_path: Path) -> None:
     ledger.flush()
     ledger.flush()
     assert path.read_text() == (
-        "round,client,direction,section,bytes,cumulative\n0,a,down,state,5,5\n0,a,up,state,6,11\n"
+        "round,client,direction,section,bytes,cumulative,seconds\n0,a,down,state,5,5,0.0\n0,a,up,state,6,11,0.0\n"
     )
     assert Ledger(path).rows == ledger.rows
 
@@ -111,3 +111,46 @@ def test_the_counterfactual_is_exact_for_every_dtype_and_odd_names() -> None:
 def test_the_counterfactual_of_a_hundred_million_parameters_needs_no_memory() -> None:
     state = {"w": torch.empty(105_000_000, device="meta")}
     assert 420_000_000 < counterfactual_bytes(state) < 420_000_500
+
+
+def test_seconds_on_the_links_that_were_stated(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.csv", Link({"a": 8.0, "b": 0.8}, 80.0))  # Mbit/s
+    for client in ("a", "b"):
+        ledger.record(1, client, "down", "state", 1_000_000)
+        ledger.record(1, client, "up", "header", 400_000)
+        ledger.record(1, client, "up", "state", 600_000)
+    assert [row.seconds for row in ledger.rows] == [0.1, 0.4, 0.6, 0.1, 4.0, 6.0]
+    assert ledger.seconds(1) == pytest.approx(10.1) and ledger.seconds(2) == 0
+    ledger.flush()
+    assert Ledger(tmp_path / "ledger.csv").seconds(1) == pytest.approx(10.1)
+    assert Link({"a": 8.0, "b": 0.8}, 80.0).slowest(["a", "b"], up=1e6, down=1e6) == pytest.approx(10.1)
+
+
+def test_a_resume_with_another_link_says_its_seconds_throughout(tmp_path: Path) -> None:
+    first = Ledger(tmp_path / "ledger.csv", Link(8.0))
+    first.record(1, "a", "up", "state", 1_000_000)
+    first.flush()
+    resumed = Ledger(tmp_path / "ledger.csv", Link(4.0))
+    resumed.drop_after(1)
+    assert resumed.seconds(1) == Ledger(tmp_path / "ledger.csv").seconds(1) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        ({"a": 1.0}, "has no speed for client 'b'"),
+        ({"a": 1.0, "b": 1.0, "bb": 1.0}, "names client 'bb'.*Did you mean 'b'"),
+    ],
+)
+def test_a_link_for_each_client_and_for_nobody_else(rates: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"federation.uplink_mbps {message}"):
+        Link(rates).check(["a", "b"])
+    Link(rates.get("a", 1.0)).check(["a", "b"])
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("inf"), float("nan")])
+def test_impossible_speeds_are_refused(rate: float) -> None:
+    with pytest.raises(ConfigError, match="downlink_mbps of client 'a'"):
+        Link(1.0, {"a": rate})
+    with pytest.raises(ConfigError, match="uplink_mbps is"):
+        Link(rate)

@@ -88,17 +88,17 @@ def test_names_are_never_markup() -> None:
 
 
 def test_traffic_table() -> None:
-    student = Traffic("student", 1_000, 4_100, 4_100)
-    sheet = traffic_table(
-        student, [Traffic("TransUNet", 105_000_000, 420e6, 420e6)], clients=3, rounds=10, total=246_000
-    )
-    assert sheet.rows[0] == ["student", "1,000", "4.10 kB", "4.10 kB", "1.0", "1.0"]
-    assert sheet.rows[1] == ["TransUNet", "105,000,000", "420 MB", "420 MB", "105,000", "102,439"]
+    student = Traffic("student", 1_000, 4_100, 4_100, 0.00656)
+    larger = [Traffic("TransUNet", 105_000_000, 420e6, 420e6, 672.0)]
+    sheet = traffic_table(student, larger, clients=3, rounds=10, total=246_000, link="10 Mbit/s")
+    assert sheet.rows[0] == ["student", "1,000", "4.10 kB", "4.10 kB", "0.01", "1.0", "1.0"]
+    assert sheet.rows[1] == ["TransUNet", "105,000,000", "420 MB", "420 MB", "672", "105,000", "102,439"]
     assert "246 kB in all over 10 rounds" in sheet.notes[0] and "…" not in printed(sheet, 100)
+    assert "10 Mbit/s" in sheet.notes[1]
 
 
 def test_traffic_of_nothing() -> None:
-    sheet = traffic_table(Traffic("student", 1_000, 0, 0), [Traffic("ResUNet", 13_000, 5e4, 5e4)], 3, 1, 0)
+    sheet = traffic_table(Traffic("student", 1, 0, 0, 0), [Traffic("ResUNet", 13, 5e4, 5e4, 1)], 3, 1, 0, "")
     assert sheet.rows[1][-1] == "–" and "1 round." in sheet.notes[0]
 
 

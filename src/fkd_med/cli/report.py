@@ -13,7 +13,7 @@ from fkd_med.checkpoints import read_checkpoint, write_checkpoint
 from fkd_med.cli.baseline import train_alone
 from fkd_med.cli.best_weights import best_checkpoint
 from fkd_med.cli.showcase import Predictor, module_predictor, sample, teacher_predictor
-from fkd_med.communication import Ledger, counterfactual_bytes
+from fkd_med.communication import Ledger, Link, counterfactual_bytes
 from fkd_med.evaluation import (
     ImageRow,
     ImageTable,
@@ -170,7 +170,7 @@ class Report:
         sheets: list[Sheet] = [end_table(arms, "Test, at original size")]
         federation = self.trainer.federation
         if federation is not None and not federation.is_local:
-            sheets.append(self._traffic())
+            sheets.append(self._traffic(federation.link))
         for sheet in sheets:
             self.console.print()
             self.console.print(sheet)
@@ -179,14 +179,17 @@ class Report:
             summary = {f"test/{name}/dice": sum(r.dice for r in rows) / len(rows) for name, rows in arms.items()}
             logger.log_metrics({k.replace(" ", "_"): v for k, v in summary.items()}, step=self.trainer.global_step)
 
-    def _traffic(self) -> Sheet:
+    def _traffic(self, link: Link) -> Sheet:
         """Return what was sent beside what federating larger networks would have sent."""
         model, info = self.model, self.data.export_info()
         assert isinstance(model, SegmentationModule)
         ledger = Ledger(self.run_dir.ledger)
-        sent = Traffic(
-            "student", count_parameters(model.network), ledger.mean_per_message("up"), ledger.mean_per_message("down")
-        )
+        clients = sorted({row.client for row in ledger.rows})
+
+        def traffic(name: str, network: nn.Module, up: float, down: float) -> Traffic:
+            return Traffic(name, count_parameters(network), up, down, link.slowest(clients, up, down))
+
+        sent = traffic("student", model.network, ledger.mean_per_message("up"), ledger.mean_per_message("down"))
         instead: list[tuple[str, nn.Module]] = []
         source = model.teacher_source if isinstance(model, DistillationModule) else None
         teacher = getattr(getattr(source, "module", None), "network", None)
@@ -198,10 +201,9 @@ class Report:
         lines = []
         for name, network in instead:
             size = counterfactual_bytes(network.state_dict())
-            lines.append(Traffic(name, count_parameters(network), size, size))
+            lines.append(traffic(name, network, size, size))
         rounds = max((row.round for row in ledger.rows), default=0)
-        clients = len({row.client for row in ledger.rows})
-        return traffic_table(sent, lines, clients, rounds, ledger.total())
+        return traffic_table(sent, lines, len(clients), rounds, ledger.total(), link.describe())
 
     def _write_pictures(self, rows: list[ImageRow], classes: int) -> None:
         """Show the worst, median and best test image of each hospital."""

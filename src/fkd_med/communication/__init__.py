@@ -15,6 +15,7 @@ from fkd_med.communication.codecs import (
     specs,
 )
 from fkd_med.communication.ledger import Ledger, LedgerRow, counterfactual_bytes
+from fkd_med.communication.link import Link, Rates
 from fkd_med.communication.messages import Broadcast, Extras, State, Update, check_client_name
 from fkd_med.communication.packing import Packed, Packing
 from fkd_med.communication.wire import decode, encode, section_bytes
@@ -31,10 +32,12 @@ __all__ = [
     "Int8",
     "Ledger",
     "LedgerRow",
+    "Link",
     "LowRank",
     "Mixed",
     "Packed",
     "Packing",
+    "Rates",
     "Spec",
     "State",
     "TopK",

@@ -1,6 +1,7 @@
 """The ledger: how many bytes really travelled, by round, client, direction and part of the message.
 
-``ledger.csv`` has the columns of `LedgerRow`. Bytes are those of the encoded messages, headers included.
+``ledger.csv`` has the columns of `LedgerRow`. Bytes are those of the encoded messages, headers included; seconds are
+what they would take on the links that the user states.
 """
 
 from __future__ import annotations
@@ -11,21 +12,22 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from fkd_med.communication.link import Direction, Link
 from fkd_med.communication.wire import broadcast_size, section_bytes
 from fkd_med.errors import RunError
 from fkd_med.files import append_text, atomic_write_text
 
-Direction: TypeAlias = Literal["up", "down"]
-
 
 @dataclass(frozen=True)
 class LedgerRow:
-    """Bytes of one part (``header``, ``state``, ``extras:<section>``) of one message, and of all until then."""
+    """Bytes of one part (``header``, ``state``, ``extras:<section>``) of one message, and of all until then.
+
+    `seconds` is what the part takes on its client's link; it is 0 where no link is stated.
+    """
 
     round: int
     client: str
@@ -33,6 +35,7 @@ class LedgerRow:
     section: str
     bytes: int
     cumulative: int
+    seconds: float = 0.0
 
 
 _COLUMNS = [field.name for field in fields(LedgerRow)]
@@ -43,13 +46,15 @@ class Ledger:
 
     Args:
         path: ``ledger.csv``, continued when it exists; ``None`` keeps no file.
+        link: how fast the clients' links are.
 
     Raises:
         RunError: `path` is not a ledger, or is damaged; names the line.
     """
 
-    def __init__(self, path: str | Path | None = None) -> None:
+    def __init__(self, path: str | Path | None = None, link: Link | None = None) -> None:
         self.path = None if path is None else Path(path)
+        self.link = link
         self.rows: list[LedgerRow] = [] if self.path is None or not self.path.exists() else _read(self.path)
         self._written = len(self.rows)
 
@@ -58,7 +63,8 @@ class Ledger:
         if direction not in ("up", "down") or bytes < 0:
             raise ValueError(f"direction is 'up' or 'down' and bytes are not negative, not {direction!r}, {bytes}")
         cumulative = (self.rows[-1].cumulative if self.rows else 0) + bytes
-        self.rows.append(LedgerRow(round, client, direction, section, bytes, cumulative))
+        seconds = 0.0 if self.link is None else self.link.seconds(client, direction, bytes)
+        self.rows.append(LedgerRow(round, client, direction, section, bytes, cumulative, seconds))
 
     def record_message(self, round: int, client: str, direction: Direction, data: bytes) -> None:
         """Note every part of an encoded message."""
@@ -114,6 +120,14 @@ class Ledger:
         sizes = [size for (_, _, way), size in self.per_message().items() if way == direction]
         return sum(sizes) / len(sizes) if sizes else 0.0
 
+    def seconds(self, round: int) -> float:
+        """Return what a round's messages take: down and up one after the other, the clients side by side."""
+        each: dict[str, float] = {}
+        for row in self.rows:
+            if row.round == round:
+                each[row.client] = each.get(row.client, 0.0) + row.seconds
+        return max(each.values(), default=0.0)
+
 
 def counterfactual_bytes(state: Mapping[str, Tensor]) -> int:
     """Return the bytes of one message with `state`, floats as fp32: what federating that network would send.
@@ -152,7 +166,7 @@ def _read(path: Path) -> list[LedgerRow]:
 
 def _row(path: Path, number: int, values: list[str]) -> LedgerRow:
     try:
-        round, client, direction, section, size, cumulative = values
-        return LedgerRow(int(round), client, direction, section, int(size), int(cumulative))
+        round, client, direction, section, size, cumulative, seconds = values
+        return LedgerRow(int(round), client, direction, section, int(size), int(cumulative), float(seconds))
     except ValueError as error:
         raise RunError(f"Line {number} of the ledger {path} is damaged. Remove that line, or the file.") from error

@@ -46,15 +46,19 @@ class Traffic:
         parameters: Its number of parameters.
         up: Bytes from a client to the server.
         down: Bytes from the server to a client.
+        seconds: What both take, one after the other, on the slowest client's link.
     """
 
     name: str
     parameters: int
     up: float
     down: float
+    seconds: float
 
 
-def traffic_table(sent: Traffic, instead: Sequence[Traffic], clients: int, rounds: int, total: float) -> Sheet:
+def traffic_table(
+    sent: Traffic, instead: Sequence[Traffic], clients: int, rounds: int, total: float, link: str
+) -> Sheet:
     """Return what travelled beside what federating larger networks would have sent.
 
     Args:
@@ -63,8 +67,9 @@ def traffic_table(sent: Traffic, instead: Sequence[Traffic], clients: int, round
         clients: Clients per round, for the title.
         rounds: Rounds of the run, for the title.
         total: All bytes of the run, as the ledger counted them.
+        link: The speed of the clients' links, in words.
     """
-    names = ("federated", "parameters", "up", "down", "x parameters", "x bytes")
+    names = ("federated", "parameters", "up", "down", "seconds", "x parameters", "x bytes")
     columns = [Column(n, left=i == 0) for i, n in enumerate(names)]
     rows = [
         [
@@ -72,6 +77,7 @@ def traffic_table(sent: Traffic, instead: Sequence[Traffic], clients: int, round
             f"{traffic.parameters:,}",
             human_bytes(traffic.up),
             human_bytes(traffic.down),
+            f"{traffic.seconds:.2f}" if traffic.seconds < 9.995 else f"{traffic.seconds:,.0f}",
             _ratio(traffic.parameters, sent.parameters),
             _ratio(traffic.up + traffic.down, sent.up + sent.down),
         ]
@@ -79,7 +85,8 @@ def traffic_table(sent: Traffic, instead: Sequence[Traffic], clients: int, round
     ]
     notes = [
         f"{sent.name}: measured, {human_bytes(total)} in all over {rounds} {'round' if rounds == 1 else 'rounds'}. "
-        "Other lines: what the same rounds would have sent."
+        "Other lines: what the same rounds would have sent.",
+        f"seconds: down and up on a link of {link} (federation.uplink_mbps), as stated, not measured.",
     ]
     title = f"Bytes per client and round ({clients} {'client' if clients == 1 else 'clients'})"
     return Sheet(title, columns, rows, notes, frozenset({0}))

@@ -12,7 +12,7 @@ from lightning import Callback
 from torch import nn
 
 from fkd_med.aggregation import Aggregator, FedAvg, Firewall
-from fkd_med.communication import Packing
+from fkd_med.communication import Link, Packing, Rates
 from fkd_med.errors import ConfigError
 from fkd_med.federated.chaos import Chaos
 from fkd_med.federated.participation import Fraction, Participation
@@ -37,6 +37,9 @@ class Federation:
         client_rules: what an algorithm changes in the clients' training: FedProx, ScaffoldRule, FedNovaRule.
         uplink: how updates are packed: codec, weights or deltas, compression; plain float32 when left out.
         downlink: how broadcasts are packed; of weights, since a client may have missed the last broadcast.
+        uplink_mbps: speed of the clients' links to the server in Mbit/s, one number or one by client: what the bytes
+            that are counted would take in seconds. Nothing is slowed down.
+        downlink_mbps: the same from the server to the clients; as `uplink_mbps` when left out.
         batch_norm: ``average`` combines BatchNorm's tensors as all others; ``local`` keeps them with each client
             (FedBN); ``recalibrate`` sends its weights but no statistics: each client computes them afresh from its
             training images.
@@ -62,6 +65,8 @@ class Federation:
         client_rules: list[ClientRule] | None = None,
         uplink: Packing | None = None,
         downlink: Packing | None = None,
+        uplink_mbps: Rates = 10.0,
+        downlink_mbps: Rates | None = None,
         batch_norm: BatchNormPolicy = "average",
         personal: list[str] | None = None,
         frozen: list[str] | None = None,
@@ -90,6 +95,7 @@ class Federation:
                 "`of: weights` without error_feedback."
             )
         self.uplink, self.downlink = uplink, downlink
+        self.link = Link(uplink_mbps, downlink_mbps)
         self.client_rules = client_rules or []
         self.policy = TensorPolicy(batch_norm, personal or [], frozen or [], everything_stays=aggregator is None)
         self.optimizer_state = optimizer_state
@@ -129,6 +135,7 @@ class Federation:
         """
         self.policy.check(student)
         self.participation.check(clients, rounds)
+        self.link.check(clients)
         if self.chaos is not None:
             self.chaos.check(clients)
         if self.aggregator is not None:

@@ -104,7 +104,7 @@ class FederatedLoop(_FitLoop):
         self.federation.begin(self.server, self.clients, int(self.max_epochs or 0))
         self._restore()
         self.threads = self.federation.apply_threads()
-        ledger = Ledger(trainer.run_dir.ledger if trainer.is_global_zero else None)
+        ledger = Ledger(trainer.run_dir.ledger if trainer.is_global_zero else None, self.federation.link)
         ledger.drop_after(self.round - 1)
         absences = Absences(trainer.run_dir.absences if trainer.is_global_zero else None)
         absences.drop_after(self.round - 1)
@@ -210,7 +210,7 @@ class FederatedLoop(_FitLoop):
         ledger.flush()
         self.metrics = dict(self.gathering.metrics)
         self.metrics |= {f"bytes/{way}": float(ledger.total(round, None, way)) for way in ("up", "down")}
-        self.metrics["bytes/total"] = float(ledger.total())
+        self.metrics |= {"bytes/total": float(ledger.total()), "seconds/link": ledger.seconds(round)}
         for logger in trainer.loggers:
             logger.log_metrics(self.metrics, step=round)
 
