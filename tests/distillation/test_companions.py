@@ -1,4 +1,4 @@
-"""Connectors: trained with the module, in none of its state dicts."""
+"""Companions: trained with the module, in none of its state dicts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from fkd_med.distillation import Connectors
+from fkd_med.distillation import Companions
 
 
 class Owner(nn.Module):
@@ -16,22 +16,22 @@ class Owner(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.network = nn.Conv2d(3, 4, 1)
-        self.connectors = Connectors()
-        self.connectors["hint"] = nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8))
+        self.companions = Companions()
+        self.companions["hint"] = nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8))
 
 
 def test_trained_but_in_no_state_dict() -> None:
     owner = Owner()
     assert set(owner.state_dict()) == {"network.weight", "network.bias"}
-    assert {name.split(".")[0] for name, _ in owner.named_parameters()} == {"network", "connectors"}
-    assert owner.connectors.state_dict() == {}
+    assert {name.split(".")[0] for name, _ in owner.named_parameters()} == {"network", "companions"}
+    assert owner.companions.state_dict() == {}
 
 
 def test_a_state_dict_loads_strictly_and_leaves_them() -> None:
     owner = Owner()
-    before = owner.connectors.tensors()
+    before = owner.companions.tensors()
     owner.load_state_dict(Owner().state_dict(), strict=True)
-    after = owner.connectors.tensors()
+    after = owner.companions.tensors()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -44,23 +44,23 @@ def test_other_missing_keys_are_still_an_error() -> None:
 
 def test_tensors_come_back_and_old_ones_are_left() -> None:
     one, other = Owner(), Owner()
-    held = one.connectors.tensors()
+    held = one.companions.tensors()
     assert "hint.1.running_mean" in held  # buffers too
-    other.connectors.load_tensors({**held, "gone.weight": torch.zeros(1)})
-    assert all(torch.equal(tensor, held[name]) for name, tensor in other.connectors.tensors().items())
+    other.companions.load_tensors({**held, "gone.weight": torch.zeros(1)})
+    assert all(torch.equal(tensor, held[name]) for name, tensor in other.companions.tensors().items())
     held["hint.0.weight"].zero_()
-    assert one.connectors["hint"][0].weight.abs().sum() > 0  # copies
+    assert one.companions["hint"][0].weight.abs().sum() > 0  # copies
 
 
 def test_copies_are_their_own() -> None:
     owner = Owner()
     copied = copy.deepcopy(owner)
     with torch.no_grad():
-        copied.connectors["hint"][0].weight.zero_()
-    assert owner.connectors["hint"][0].weight.abs().sum() > 0
+        copied.companions["hint"][0].weight.zero_()
+    assert owner.companions["hint"][0].weight.abs().sum() > 0
     copied.load_state_dict(owner.state_dict())
 
 
 def test_of_a_term() -> None:
     owner = Owner()
-    assert owner.connectors.of("hint") is owner.connectors["hint"] and owner.connectors.of("kd") is None
+    assert owner.companions.of("hint") is owner.companions["hint"] and owner.companions.of("kd") is None
