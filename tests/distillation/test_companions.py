@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
 from fkd_med.distillation import Companions
+from fkd_med.errors import ConfigError
 
 
 class Owner(nn.Module):
@@ -50,6 +52,20 @@ def test_tensors_come_back_and_old_ones_are_left() -> None:
     assert all(torch.equal(tensor, held[name]) for name, tensor in other.companions.tensors().items())
     held["hint.0.weight"].zero_()
     assert one.companions["hint"][0].weight.abs().sum() > 0  # copies
+
+
+def test_a_companion_is_taken_whole_or_not_at_all() -> None:
+    owner, held = Owner(), Owner().companions.tensors()
+    for changed in (
+        {**held, "hint.0.weight": torch.zeros(8, 5, 1, 1)},
+        {name: tensor for name, tensor in held.items() if name != "hint.0.weight"},
+        {**held, "hint.0.weightier": torch.zeros(1)},
+    ):
+        with pytest.raises(ConfigError, match=r"kept of 'hint', .*\(hint.0.weight(ier)? differs\)"):
+            owner.companions.load_tensors(changed)
+    before = owner.companions.tensors()
+    owner.companions.load_tensors({})  # a first round
+    assert all(torch.equal(tensor, before[name]) for name, tensor in owner.companions.tensors().items())
 
 
 def test_copies_are_their_own() -> None:
