@@ -28,7 +28,7 @@ from building import BASE, CONFIGS, Built, build
 from fkd_med.cli import COMMANDS, main
 from fkd_med.data import FederatedDataModule
 from fkd_med.federated import FederatedTrainer, Federation, TeacherStage
-from fkd_med.modules import DistillationModule
+from fkd_med.modules import DistillationModule, MutualDistillationModule
 
 ROOT = CONFIGS.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -156,7 +156,7 @@ KEYS = {
     "federation": names(Federation),
     "trainer": names(Trainer) | names(FederatedTrainer),
     "checkpoint": names(ModelCheckpoint),
-    "model": names(DistillationModule),
+    "model": names(DistillationModule) | names(MutualDistillationModule),
     "model.teacher": names(TeacherStage),
     "model.teacher.module": names(DistillationModule),
 }

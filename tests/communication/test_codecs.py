@@ -158,10 +158,13 @@ def test_a_mix_takes_the_first_pattern_that_fits() -> None:
 
 
 def test_descriptions_hold_all_settings() -> None:
-    codec = Mixed(Int8(levels=63), {"a": TopK(0.25, Float16()), "b": LowRank(0.9)})
+    codec = Mixed(
+        Int8(levels=63), {"a": TopK(0.25, Float16()), "b": LowRank(0.9), "c": LowRank(0.8, None, 0.9).at(0.5)}
+    )
     assert codec.describe() == (
         "Mixed(default=Int8(levels=63, rounding=stochastic), patterns={a: TopK(fraction=0.25, inner=Float16()), "
-        "b: LowRank(energy=0.9, inner=Float32())})"
+        "b: LowRank(energy=0.9, energy_end=0.9, energy_now=0.9, inner=Float32()), "
+        "c: LowRank(energy=0.8, energy_end=0.9, energy_now=0.8500000000000001, inner=Float32())})"
     )
     assert all(one.describe() != other.describe() for one, other in pairwise(CODECS.values()))
 

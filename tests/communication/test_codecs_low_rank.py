@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from fkd_med.communication import Float16, Int8, LowRank, specs
+from fkd_med.communication import Codec, Float16, Int8, LowRank, Mixed, Packing, TopK, Update, specs
 from fkd_med.communication.header import MalformedError
+from fkd_med.errors import ConfigError, TrainingError
 
 KERNEL = (
     torch.randn(24, 10, 3, 3, generator=torch.Generator().manual_seed(0))
@@ -54,6 +55,52 @@ def test_factors_may_be_coded_again(inner: Float16 | Int8) -> None:
     small = sum(tensor.nbytes for tensor in LowRank(0.9, inner).encode({"w": KERNEL}).values())
     assert small < 0.6 * size
     torch.testing.assert_close(decoded(LowRank(0.9, inner), KERNEL), decoded(LowRank(0.9), KERNEL), rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.25, 0.5, 1.0])
+def test_the_energy_goes_from_the_first_rounds_to_the_last(progress: float) -> None:
+    codec = LowRank(0.6, energy_end=0.999).at(progress)
+    assert codec.energy_now == pytest.approx(0.6 + (0.999 - 0.6) * progress)
+    same = LowRank(codec.energy_now).encode({"w": KERNEL})
+    assert {n: t.shape for n, t in codec.encode({"w": KERNEL}).items()} == {n: t.shape for n, t in same.items()}
+
+
+def test_each_end_is_exact_and_a_constant_stays() -> None:
+    rising = LowRank(0.95, energy_end=0.98)
+    assert (rising.at(0.0).energy_now, rising.at(1.0).energy_now) == (0.95, 0.98)
+    assert rising.energy_now == 0.95  # at() changes nothing
+    assert LowRank(0.95).at(0.7).describe() == LowRank(0.95).describe()
+
+
+@pytest.mark.parametrize(
+    "codec",
+    [
+        Mixed(Float16(), {"w*": LowRank(0.6, energy_end=0.9)}),
+        Mixed(LowRank(0.6, energy_end=0.9), {}),
+        TopK(0.5, LowRank(0.6, energy_end=0.9)),
+        LowRank(0.9, TopK(0.5, LowRank(0.6, energy_end=0.9))),
+    ],
+)
+def test_codecs_around_it_pass_the_progress_on(codec: Codec) -> None:
+    texts = [codec.at(progress).describe() for progress in (0.0, 1.0)]
+    assert "energy_now=0.6" in texts[0] and texts[1] == texts[0].replace("energy_now=0.6", "energy_now=0.9")
+
+
+def test_both_sides_must_be_in_the_same_round() -> None:
+    """A receiver in another round of the schedule refuses the message, and so does one with another schedule."""
+    packing = Packing(LowRank(0.6, energy_end=0.9))
+    update = Update("a", 1, 0, {"w": KERNEL}, num_examples=1, num_steps=1, metrics={})
+    data, like = packing.at(0.0).pack(update).data, specs({"w": KERNEL})
+    assert packing.at(0.0).unpack(data, like).state["w"].shape == KERNEL.shape
+    for other in (packing.at(1.0), Packing(LowRank(0.6, energy_end=0.8)).at(0.0)):
+        with pytest.raises(TrainingError, match=r"energy_now=0.6.*Use the same federation.uplink"):
+            other.unpack(data, like)
+
+
+@pytest.mark.parametrize("energies", [(0.0, None), (0.9, 0.0), (0.9, 1.1), (float("nan"), None)])
+def test_energies_that_are_none_are_refused(energies: tuple[float, float | None]) -> None:
+    with pytest.raises(ConfigError, match="above 0 and at most 1"):
+        LowRank(energies[0], energy_end=energies[1])
 
 
 def test_zeros_take_one_vector_each_way() -> None:

@@ -282,7 +282,7 @@ def test_a_packing_can_be_written_in_yaml() -> None:
     config = parser.parse_object({"uplink": {"codec": codec, "of": "delta", "error_feedback": True}})
     built = parser.instantiate_classes(parser.parse_string(parser.dump(config))).uplink
     assert built.describe() == (
-        "delta by Mixed(default=Float16(), patterns={*.weight: LowRank(energy=0.9, "
+        "delta by Mixed(default=Float16(), patterns={*.weight: LowRank(energy=0.9, energy_end=0.9, energy_now=0.9, "
         "inner=Int8(levels=63, rounding=stochastic))}), compressed"
     )
     assert built.error_feedback

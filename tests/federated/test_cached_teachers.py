@@ -86,9 +86,9 @@ def test_connectors_stay_with_their_client(fed, root, tmp_path, captured) -> Non
     names = {f"network.{name}" for name in SlimUNet().state_dict()}
     assert captured and all(set(message.state) == names for message in captured)
     last = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
-    assert set(last["state_dict"]) == names and "connectors" not in last["fkd_med"]
+    assert set(last["state_dict"]) == names and "companions" not in last["fkd_med"]
     kept = [
-        read_checkpoint(path)["connectors"]["hint.weight"]
+        read_checkpoint(path)["companions"]["hint.weight"]
         for client in ("hospital-a", "hospital-b")
         for path in sorted((tmp_path / "run" / "clients" / client).glob("state-*.pt"))[-1:]
     ]
@@ -101,10 +101,10 @@ def test_connectors_go_on_where_the_clients_last_round_ended(fed, root, tmp_path
 
     class Note(L.Callback):
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            starts.append(pl_module.connectors.tensors()["hint.weight"])
+            starts.append(pl_module.companions.tensors()["hint.weight"])
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            ends.append(pl_module.connectors.tensors()["hint.weight"])
+            ends.append(pl_module.companions.tensors()["hint.weight"])
 
         def __deepcopy__(self, memo: Any) -> Note:
             return self
@@ -119,7 +119,7 @@ def test_connectors_go_on_where_the_clients_last_round_ended(fed, root, tmp_path
 def test_connectors_resume_exactly(fed, root, tmp_path) -> None:
     def connectors(folder: Path) -> list[torch.Tensor]:
         paths = [sorted((folder / "clients" / c).glob("state-*.pt"))[-1] for c in ("hospital-a", "hospital-b")]
-        return [read_checkpoint(path)["connectors"]["hint.weight"] for path in paths]
+        return [read_checkpoint(path)["companions"]["hint.weight"] for path in paths]
 
     def build() -> DistillationModule:
         return distilled(fed, tmp_path / "store", losses=HINT, teacher_cache="taps")
@@ -139,7 +139,7 @@ def test_optimizer_state_covers_connectors(fed, root, tmp_path, policy) -> None:
     module = distilled(fed, tmp_path / "store", losses=HINT, teacher_cache="taps")
     run(fed, tmp_path / "run", root, module, federation={"optimizer_state": policy})
     stored = read_checkpoint(sorted((tmp_path / "run" / "clients" / "hospital-a").glob("state-*.pt"))[-1])
-    assert set(stored["connectors"]) == {"hint.weight", "hint.bias"} and bool(stored["optimizers"]) == (
+    assert set(stored["companions"]) == {"hint.weight", "hint.bias"} and bool(stored["optimizers"]) == (
         policy == "keep"
     )
 
@@ -168,5 +168,5 @@ def test_kept_moments_of_other_terms_are_refused_on_resume(fed, root, tmp_path) 
     changed = {"kd": LogitKL(), "other": HintMSE(student_tap="decoder.2", teacher_tap="decoder.0")}
     again = distilled(fed, tmp_path / "store", losses=changed, teacher_cache="taps")
     trainer = fed.trainer(tmp_path / "run", Federation(rounds=2, **recipe))
-    with pytest.raises(ConfigError, match=r"moments of other parameters .*connectors.hint"):
+    with pytest.raises(ConfigError, match=r"moments of other parameters .*companions.hint"):
         trainer.fit(again, datamodule=hospitals(root), ckpt_path=str(tmp_path / "run/checkpoints/last.ckpt"))

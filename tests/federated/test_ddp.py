@@ -22,11 +22,12 @@ sys.path.insert(0, {folder!r})
 import torch
 torch.set_num_threads(1)
 import lightning as L
-from conftest import Hospitals, distilled, student, teacher_stage, trainer, weights
+from conftest import Hospitals, adam, distilled, network, student, teacher_stage, trainer, weights
 from fkd_med.data import FederatedDataModule
 from fkd_med.aggregation import Scaffold
 from fkd_med.federated import FedProx, Federation, ScaffoldRule
 from fkd_med.losses import HintMSE, LogitKL, Ramp
+from fkd_med.modules import MutualDistillationModule
 
 rank = int(os.environ.get("LOCAL_RANK", 0))
 L.seed_everything(7, verbose=False)
@@ -76,6 +77,21 @@ run("cached", cached, data=phantoms)
 fading = {{"kd": LogitKL(), "hint": HintMSE(student_tap="1", teacher_tap="2", schedule=Ramp())}}
 fade = distilled(None, source=teacher_stage(f"{{root}}/cached", epochs=1), losses=fading, teacher_cache="taps")
 run("fade", fade, data=FederatedDataModule(f"{{root}}/phantoms", image_size=16, batch_size=2, seed=3))
+noted = {{}}
+class Note(L.Callback):
+    def on_train_end(self, trainer, pl_module):
+        fits = len(noted) // 11
+        noted.update({{f"{{fits}}-{{name}}": t for name, t in pl_module.companions.tensors().items()}})
+    def __deepcopy__(self, memo):
+        return self
+
+both = {{"kd": LogitKL(), "hint": HintMSE(student_tap="1", teacher_tap="2", schedule=Ramp())}}
+untrained = teacher_stage(f"{{root}}/untrained", epochs=0)
+mutual = MutualDistillationModule(network(), teacher=untrained, losses=both, optimizer=adam, teacher_lr=0.01)
+run("mutual", mutual, optimizer_state="keep", client_callbacks=[Note()])
+before = len(written)
+torch.save(noted, f"{{root}}/companions-{{os.environ['LOCAL_RANK']}}.pt")
+del written[before:]
 open(f"{{root}}/written-{{os.environ['LOCAL_RANK']}}", "w").write("\\n".join(written))
 """
 
@@ -90,12 +106,18 @@ def test_two_processes_hold_one_model(tmp_path) -> None:
         [sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=environment, check=False
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
-    runs = "plain keep resumed alone scaffold prox unseen taught again trial cached fade"
+    runs = "plain keep resumed alone scaffold prox unseen taught again trial cached fade mutual companions"
     for name in runs.split():
         one, other = (load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1))
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one), name
-        assert any(not torch.equal(value, START[key]) for key, value in one.items() if key in START) or name == "alone"
+        assert (
+            any(not torch.equal(value, START[key]) for key, value in one.items() if key in START)
+            or name in "alone companions"
+        )
+    held = load(tmp_path / "companions-0.pt")
+    kernels = {float(tensor.sum()) for key, tensor in held.items() if key.endswith("teacher.0.weight")}
+    assert len(held) == 6 * 11 and len(kernels) == 6  # three clients, two rounds; each teacher its own
     assert any(key.startswith("own-a/") for key in load(tmp_path / "alone-0.pt"))
     plain, resumed = load(tmp_path / "plain-0.pt"), load(tmp_path / "resumed-0.pt")
     assert all(torch.equal(plain[key], resumed[key]) for key in plain)

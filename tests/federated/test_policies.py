@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fkd_med.checkpoints import read_checkpoint
+from fkd_med.distillation import Companions
 from fkd_med.errors import ConfigError
 from fkd_med.federated import Federation
 from fkd_med.federated.policy import TensorPolicy, recalibrated
@@ -97,6 +98,20 @@ def test_recalibrated_statistics_are_those_of_the_images() -> None:
     after = module.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert module.training and module.body[1].training and module.body[1].momentum == 0.1
+
+
+def test_what_trains_beside_the_student_is_no_part_of_a_policy() -> None:
+    """Its BatchNorm is neither recalibrated nor local, and no pattern freezes it."""
+    module = Mixed()
+    module.companions = Companions()
+    module.companions["body"] = nn.BatchNorm2d(3)
+    loader = DataLoader([{"image": torch.randn(3, 8, 8)} for _ in range(4)], batch_size=4)  # type: ignore[arg-type]
+    assert set(recalibrated(module, loader)) == set(STATISTICS)
+    assert not any("companions" in name for name in TensorPolicy("local", [], []).staying(module))
+    TensorPolicy("average", [], ["*body.*"]).freeze(module)
+    assert {name for name, p in module.named_parameters() if p.requires_grad} == {
+        "head.weight", "head.bias", "companions.body.weight", "companions.body.bias"
+    }  # fmt: skip
 
 
 def run(fed: Any, folder: Any, rounds: int = 2, ckpt: str | None = None, **recipe: Any) -> Any:

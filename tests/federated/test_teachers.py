@@ -156,6 +156,38 @@ def test_fast_dev_run_leaves_no_teacher_for_a_real_run(fed, tmp_path, monkeypatc
     assert fits == [1, 1, 1, 1, 1]
 
 
+# --- untrained, for mutual distillation -----------------------------------------------------------------------
+
+
+def test_no_epochs_give_the_network_as_it_is_and_train_nothing(fed, tmp_path, monkeypatch) -> None:
+    fits = count_fits(monkeypatch)
+    stage, built = fed.teacher_stage(tmp_path, epochs=0), fed.network(6, seed=1).state_dict()
+    path = ensure(fed, stage)
+    assert fits == [] and fed.same(load_file(path), dict(built)) and fed.same(fed.weights(stage.load("a")), dict(built))
+    assert sorted(p.name for p in path.parent.iterdir()) == ["lock", "teacher.json", "teacher.safetensors"]
+    assert ensure(fed, fed.teacher_stage(tmp_path, epochs=0)) == path  # found again
+    ensure(fed, fed.teacher_stage(tmp_path, epochs=0), limit_val_batches=1)  # a trial run
+    assert fits == []
+    other = fed.teacher_stage(tmp_path, epochs=0, module=SegmentationModule(fed.network(6, seed=2), optimizer=fed.adam))
+    assert ensure(fed, other) != path  # other first weights, another teacher
+    with pytest.raises(ConfigError, match="epochs are -1"):
+        fed.teacher_stage(tmp_path, epochs=-1)
+
+
+def test_a_frozen_untrained_teacher_is_refused_before_anything_is_written(fed, tmp_path) -> None:
+    store = tmp_path / "store"
+    module = fed.distilled(store, source=fed.teacher_stage(store, epochs=0))
+    with pytest.raises(ConfigError, match=r"the teacher of a would be untrained.*by fkd_med.modules.MutualDist"):
+        fed.trainer(tmp_path / "run", Federation(rounds=1)).fit(module, datamodule=fed.Hospitals())
+    assert not store.exists()
+    path = tmp_path / "brought.safetensors"
+    save_file(fed.network(6, seed=3).state_dict(), path)
+    brought = fed.teacher_stage(store, epochs=0, checkpoints={"a": str(path)})
+    fed.trainer(tmp_path / "brought", Federation(rounds=1)).fit(
+        fed.distilled(store, source=brought), datamodule=fed.Hospitals({"a": 4})
+    )
+
+
 # --- the store ------------------------------------------------------------------------------------------------
 
 

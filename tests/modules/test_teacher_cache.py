@@ -283,18 +283,18 @@ def test_connectors_resume_in_a_plain_run_and_stay_out_of_its_weights(root: Path
     trainer = L.Trainer(**TRAINER, max_epochs=1)
     trainer.fit(module, datamodule=hospitals(root))
     trainer.save_checkpoint(tmp_path / "one.ckpt")
-    trained = module.connectors.tensors()
+    trained = module.companions.tensors()
     stored = torch.load(tmp_path / "one.ckpt", weights_only=True)
-    assert not any("connectors" in name for name in stored["state_dict"]) and trained.keys() == {
+    assert not any("companions" in name for name in stored["state_dict"]) and trained.keys() == {
         "hint.weight",
         "hint.bias",
     }
     again = build()
     seen: dict[str, Tensor] = {}
-    again.on_train_start = lambda: seen.update(again.connectors.tensors())  # type: ignore[method-assign]
+    again.on_train_start = lambda: seen.update(again.companions.tensors())  # type: ignore[method-assign]
     L.Trainer(**TRAINER, max_epochs=2).fit(again, datamodule=hospitals(root), ckpt_path=tmp_path / "one.ckpt")
     assert all(torch.equal(seen[name], tensor) for name, tensor in trained.items())
-    assert not torch.equal(again.connectors.tensors()["hint.weight"], trained["hint.weight"])  # and they train
+    assert not torch.equal(again.companions.tensors()["hint.weight"], trained["hint.weight"])  # and they train
 
 
 def test_a_wrong_tap_is_found_before_training(root: Path, tmp_path: Path) -> None:
@@ -430,7 +430,7 @@ def test_a_resume_with_other_connectors_says_so(root: Path, tmp_path: Path) -> N
     trainer = L.Trainer(**TRAINER, max_epochs=1)
     trainer.fit(build("one", "two"), datamodule=hospitals(root))
     trainer.save_checkpoint(tmp_path / "one.ckpt")
-    with pytest.raises(ConfigError, match=r"connectors \['one.bias'.*resume with the terms"):
+    with pytest.raises(ConfigError, match=r"connectors or a teacher \(two.bias, .*resume with the terms"):
         L.Trainer(**TRAINER, max_epochs=2).fit(
             build("one"), datamodule=hospitals(root), ckpt_path=tmp_path / "one.ckpt"
         )

@@ -113,7 +113,8 @@ class Report:
 
     def _test_teachers(self, model: DistillationModule) -> list[ImageRow]:
         """Score each client's teacher on that client's test images."""
-        source, rows = model.teacher_source, []
+        rows: list[ImageRow] = []
+        source = self.trainer.teachers_after(model)
         assert source is not None
         federated = self.trainer.federation is not None
         clients: list[str | None] = list(self.data.client_names()) if federated else [self.data.client]

@@ -6,6 +6,7 @@ packed and, for a delta, against which state, so two sides that differ find out 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -72,6 +73,12 @@ class Packing:
         self.error_feedback = error_feedback
         self.compress = compress
         self.level = level
+
+    def at(self, progress: float) -> Packing:
+        """Return the packing as it is when a share of the run has passed: 0 in the first round, 1 in the last."""
+        now = copy.copy(self)
+        now.codec = self.codec.at(progress)
+        return now
 
     @property
     def plain(self) -> bool:

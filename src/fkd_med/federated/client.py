@@ -120,12 +120,12 @@ class ClientWorker:
         rules = [] if self.federation.is_local else copy.deepcopy(self.federation.client_rules)
         for rule in rules:
             rule.begin(broadcast, before.rules.get(type(rule).__name__, {}))
-        connectors = worker.connectors if isinstance(worker, DistillationModule) else None
-        if connectors is not None:
-            connectors.load_tensors(before.connectors)
+        companions = worker.companions if isinstance(worker, DistillationModule) else None
         with seeded(self.seed, broadcast.round, client), quiet():
             if self.prepare is not None:
                 self.prepare(worker, client)
+            if companions is not None:
+                companions.load_tensors(before.companions)
             loader = self.data.client_train_dataloader(client, broadcast.round)
             worker.clock = self._clock(broadcast.round, loader)  # type: ignore[assignment]
             keeper, rate = KeepOptimizers(before), LearningRateNote()
@@ -137,7 +137,7 @@ class ClientWorker:
                 "trainer.accumulate_grad_batches, or trainer.limit_train_batches is 0."
             )
         state = {name: tensor.detach().cpu().clone() for name, tensor in worker.state_dict().items()}
-        keeper.after.connectors = {} if connectors is None else connectors.tensors()
+        keeper.after.companions = {} if companions is None else companions.tensors()
         sent = {name: state[name] for name in self.federation.policy.travelling(worker)}
         extras: Extras = {}
         for rule in rules:

@@ -26,7 +26,7 @@ class ClientState:
         personal: tensors of the student that stay with the client.
         rules: what client rules remember, by the rule's name.
         residual: what an encoding with error feedback has not sent yet.
-        connectors: layers between student and teacher, which never leave the client.
+        companions: what trains beside the student and never leaves the client: connectors, a teacher that trains.
     """
 
     optimizers: list[dict[str, Any]] = field(default_factory=list)
@@ -34,7 +34,7 @@ class ClientState:
     personal: dict[str, Tensor] = field(default_factory=dict)
     rules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     residual: dict[str, Tensor] = field(default_factory=dict)
-    connectors: dict[str, Tensor] = field(default_factory=dict)
+    companions: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def is_empty(self) -> bool:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
 from fkd_med.communication import AllowList, Broadcast, Ledger, Packing, State, Update, check_client_name, specs
 from fkd_med.errors import TrainingError
 from fkd_med.files import atomic_write_bytes
+from fkd_med.modules import RunClock
 from fkd_med.seeding import derive_seed
 
 PLAIN = Packing(compress=False)
@@ -30,6 +32,7 @@ class Exchange:
         uplink: how updates are packed.
         downlink: how broadcasts are packed.
         seed: the run's seed, of the packings' random draws.
+        rounds: rounds of the run, for packings that change in its course.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Exchange:
         uplink: Packing | None = None,
         downlink: Packing | None = None,
         seed: int = 0,
+        rounds: int = 1,
     ) -> None:
         self.allowed = AllowList(state, sections)
         self.specs = specs(state)
@@ -49,12 +53,17 @@ class Exchange:
         self.journal = journal
         self.writes = writes
         self.uplink, self.downlink = uplink or PLAIN, downlink or PLAIN
-        self.seed = seed
+        self.seed, self.rounds = seed, rounds
+
+    def packing(self, way: Literal["up", "down"], round: int) -> Packing:
+        """Return how messages of a round are packed, as both sides know it."""
+        return (self.uplink if way == "up" else self.downlink).at(RunClock(round=round, rounds=self.rounds).progress)
 
     def broadcast(self, message: Broadcast, clients: list[str]) -> Broadcast:
         """Send a broadcast to clients and return it as they unpack it."""
         self.allowed.check(message)
-        packed = self.downlink.pack(message, seed=derive_seed(self.seed, "downlink", message.round))
+        packing = self.packing("down", message.round)
+        packed = packing.pack(message, seed=derive_seed(self.seed, "downlink", message.round))
         for client in clients:
             self.ledger.record_message(message.round, client, "down", packed.data)
         received = packed.message
@@ -76,7 +85,7 @@ class Exchange:
         """
         self.allowed.check(update)
         seed = derive_seed(self.seed, "uplink", update.round, update.client)
-        packed = self.uplink.pack(update, broadcast.state, residual, seed)
+        packed = self.packing("up", update.round).pack(update, broadcast.state, residual, seed)
         self.ledger.record_message(update.round, update.client, "up", packed.data)
         path = self.journal / f"round-{update.round:05d}" / f"{check_client_name(update.client)}.update"
         if self.writes:
@@ -113,9 +122,10 @@ class StoredUpdates:
         self.exchange, self.files, self.start = exchange, files, broadcast
 
     def __iter__(self) -> Iterator[Update]:
+        packing = self.exchange.packing("up", self.start.round)
         for client in sorted(self.files):
             data = self.files[client].read_bytes()
-            message = self.exchange.uplink.unpack(data, self.exchange.specs, self.start.state, f"client {client}")
+            message = packing.unpack(data, self.exchange.specs, self.start.state, f"client {client}")
             self.exchange.allowed.check(message)
             if not isinstance(message, Update) or message.client != client:
                 raise TrainingError(f"The journal's {self.files[client]} does not hold an update of client {client}.")

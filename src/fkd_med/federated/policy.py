@@ -82,14 +82,16 @@ class TensorPolicy:
 
     def freeze(self, module: nn.Module) -> None:
         """Keep the frozen parameters from being trained."""
+        student = module.state_dict().keys()  # companions train whatever their names
         for name, parameter in module.named_parameters():
-            if self.is_frozen(name):
+            if self.is_frozen(name) and name in student:
                 parameter.requires_grad_(False)
 
 
 def batch_norms(module: nn.Module) -> dict[str, _BatchNorm]:
-    """Return the BatchNorm layers of a module, by path."""
-    return {path: layer for path, layer in module.named_modules() if isinstance(layer, _BatchNorm)}
+    """Return the BatchNorm layers of a module, by path; those of companions, outside its state, are none of it."""
+    held = {name.rpartition(".")[0] for name in module.state_dict()}
+    return {path: layer for path, layer in module.named_modules() if isinstance(layer, _BatchNorm) and path in held}
 
 
 @torch.no_grad()

@@ -179,7 +179,7 @@ class FedNovaRule(ClientRule):
 
 
 def shared_parameters(module: nn.Module, state: State) -> list[tuple[str, nn.Parameter]]:
-    """Return the parameters that are trained and travel, by their name in the state; connectors do not travel."""
+    """Return the parameters that are trained and travel, by their name in the state; companions do not."""
     return [(name, p) for name, p in module.named_parameters() if p.requires_grad and name in state]
 
 

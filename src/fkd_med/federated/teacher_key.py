@@ -17,6 +17,7 @@ from torch import nn
 
 from fkd_med.modules import SegmentationModule
 from fkd_med.modules.segmentation import is_plain
+from fkd_med.modules.teacher import digest_of
 from fkd_med.seeding import global_seed
 
 _NUMERICS = (
@@ -46,6 +47,8 @@ def teacher_key(
         "augmentation": describe_augmentation(getattr(data, "augmentation", None)),
         **{name: str(flags[name]) for name in _NUMERICS if name in flags},
     }
+    if epochs == 0:  # nothing but its first weights decides it
+        description["weights"] = digest_of(module.network)
     # Objects without a text of their own show their address, which no other process shares.
     text = re.sub(r" at 0x[0-9a-f]+", "", json.dumps(description, sort_keys=True, default=str))
     return hashlib.sha256(text.encode()).hexdigest(), description

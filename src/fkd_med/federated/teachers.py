@@ -6,6 +6,8 @@ import copy
 import difflib
 import hashlib
 import json
+import shutil
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,8 @@ class TeacherStage(TeacherSource):
 
     Args:
         module: how a teacher is trained; each client trains a copy of it.
-        epochs: epochs over the client's training images; the weights of the best validation Dice are kept.
+        epochs: epochs over the client's training images; the weights of the best validation Dice are kept. 0 gives
+            the network as `module` has it, untrained but for pretrained weights, for mutual distillation.
         store: folder of the teachers, outside the run directory.
         checkpoints: teachers you bring, by client; Lightning checkpoints, state dicts or safetensors files.
     """
@@ -53,8 +56,8 @@ class TeacherStage(TeacherSource):
         store: str = "teachers",
         checkpoints: dict[str, str] | None = None,
     ) -> None:
-        if epochs < 1:
-            raise ConfigError(f"The teacher's epochs are {epochs}: give 1 or more.")
+        if epochs < 0:
+            raise ConfigError(f"The teacher's epochs are {epochs}: give 1 or more, or 0 for mutual distillation.")
         self.module = module
         self.epochs = epochs
         self.store = Path(store)
@@ -78,7 +81,7 @@ class TeacherStage(TeacherSource):
             self.files[name] = self.checkpoints[name]
             return self.files[name]
         flags = options.get("flags", {})
-        epochs = 1 if is_trial(flags) else self.epochs
+        epochs = self._length(flags)
         key, description = teacher_key(self.module, epochs, client, data, flags)
         folder = self.store / f"{name}-{key[:16]}"
         path = folder / "teacher.safetensors"
@@ -110,12 +113,29 @@ class TeacherStage(TeacherSource):
                     f"known are {', '.join(close)}."
                 )
 
+    def check_trained(self, clients: Sequence[str | None]) -> None:
+        """Refuse to give untrained teachers to a student that only copies them.
+
+        Raises:
+            ConfigError: `epochs` is 0 and a client brings no checkpoint; names the client.
+        """
+        brought = [name for name in (client or POOLED for client in clients) if name not in self.checkpoints]
+        if self.epochs == 0 and brought:
+            raise ConfigError(
+                f"model.teacher.epochs is 0, so the teacher of {brought[0]} would be untrained, and a frozen one stays "
+                "so: give 1 or more, a checkpoint in model.teacher.checkpoints, or train teacher and student together "
+                "by fkd_med.modules.MutualDistillationModule."
+            )
+
     def load(self, client: str | None) -> nn.Module:
         """Return a client's teacher network; call `ensure` first."""
         name = client or POOLED
         network = copy.deepcopy(self.module.network)
         network.load_state_dict(read_teacher(self.files[name], name, self.module.network))
         return network
+
+    def _length(self, flags: Mapping[str, Any]) -> int:
+        return min(1, self.epochs) if is_trial(flags) else self.epochs
 
     def _queued(self, path: Path) -> AbstractContextManager[None]:
         """Let one process at a time work on a teacher; others wait, and then find it."""
@@ -141,7 +161,11 @@ class TeacherStage(TeacherSource):
     ) -> None:
         name, reporter = client or POOLED, options["reporter"]
         module = copy.deepcopy(self.module)
-        epochs = 1 if is_trial(options["flags"]) else self.epochs
+        epochs = self._length(options["flags"])
+        if epochs == 0:
+            self._store(folder, "", module, name, key, description, TeacherCurve(name, 0, reporter))
+            _as_rank_zero_says(True)  # the others wait until it is written
+            return
         best = ModelCheckpoint(
             dirpath=folder / "training", filename="best", monitor="val/dice", mode="max", enable_version_counter=False
         )
@@ -182,9 +206,8 @@ class TeacherStage(TeacherSource):
             "description": description,
         }
         atomic_write_text(folder / "teacher.json", json.dumps(note, indent=1, default=str))
-        for path in (folder / "training").glob("*"):
-            path.unlink()
-        (folder / "training").rmdir()
+        if (folder / "training").exists():
+            shutil.rmtree(folder / "training")
 
 
 class TeacherCurve(L.Callback):

@@ -145,7 +145,7 @@ class FederatedTrainer(L.Trainer):
     def _ensure(self, module: DistillationModule, data: Any, clients: list[str | None]) -> None:
         source = module.teacher_source
         assert source is not None
-        source.check_names([client for client in clients if client])
+        module.check_teachers(clients)
         module.check_data(data, Surroundings.of(self))
         image = sample_image(data)
         if image is not None:
@@ -169,6 +169,13 @@ class FederatedTrainer(L.Trainer):
     def teacher_options(self) -> dict[str, Any]:
         """Return how teachers are trained in this run: flags, progress, and where their curves go."""
         return {"flags": self.inner_flags, "reporter": self.reporter, "log": self._log_teacher}
+
+    def teachers_after(self, module: DistillationModule) -> TeacherSource | None:
+        """Return the teachers of a fit that is over, as they now are."""
+        loop = self.fit_loop
+        if not isinstance(loop, FederatedLoop):
+            return module.teachers_after(lambda client: module.companions.tensors())
+        return module.teachers_after(lambda client: loop.states.load(client or "").companions)
 
     def attach_teacher(self, module: L.LightningModule, client: str) -> None:
         """Give a client's copy of the module that client's teacher."""

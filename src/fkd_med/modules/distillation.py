@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from fkd_med.distillation import Connectors, Taps, TeacherMaps, match, rehearse, sample_image
+from fkd_med.distillation import Companions, Taps, TeacherMaps, match, rehearse, sample_image
 from fkd_med.errors import ConfigError
 from fkd_med.losses import LOGITS, DistillationTerm, LogitKL, Pixels, supervised_loss
 from fkd_med.modules.distillation_checks import (
-    check_connectors_fit,
+    check_companions_fit,
     check_connectors_known,
     check_losses,
     check_taps_are_cached,
@@ -60,7 +61,7 @@ class DistillationModule(SegmentationModule):
         super().__init__(network, loss, optimizer, scheduler, scheduler_interval)
         self._teaching = Teaching(teacher)
         self._student_taps: Taps | None = None
-        self.connectors = Connectors()
+        self.companions = Companions()
         self.model_name = "student"
         self.losses = dict(losses) if losses is not None else {"logit_kl": LogitKL()}
         self.supervised_weight = supervised_weight
@@ -85,6 +86,14 @@ class DistillationModule(SegmentationModule):
         """Where teachers come from."""
         return self._teaching.source
 
+    def teachers_after(self, kept: Callable[[str | None], Mapping[str, Tensor]]) -> TeacherSource | None:
+        """Return the teachers as a training has left them: those of the source, since nobody trains them further.
+
+        Args:
+            kept: gives the tensors of a client's companions after its last round.
+        """
+        return self.teacher_source
+
     @property
     def teacher(self) -> nn.Module | None:
         """The frozen teacher of the moment: outside the state dict, the optimizer and every checkpoint."""
@@ -93,6 +102,12 @@ class DistillationModule(SegmentationModule):
     def attach_teacher(self, teacher: nn.Module | None) -> None:
         """Take a teacher to learn from; it is frozen. ``None`` lets go of the last one."""
         self._teaching.attach(None if teacher is None else freeze(teacher))
+
+    def check_teachers(self, clients: Sequence[str | None]) -> None:
+        """Refuse, before any training, a source that cannot give these clients teachers to learn from."""
+        assert self.teacher_source is not None
+        self.teacher_source.check_names([client for client in clients if client])
+        self.teacher_source.check_trained(clients)
 
     def check_data(self, data: Any, around: Surroundings) -> None:
         """Refuse data and precisions that cannot carry the cached maps that the configuration asks for."""
@@ -135,8 +150,8 @@ class DistillationModule(SegmentationModule):
         with seeded(global_seed(), "connectors"):
             found = rehearse(self.network, teacher, self.active_losses, image)
         for name, layer in found.items():  # in the order of the terms, on every rank and in every run
-            if name not in self.connectors:
-                self.connectors[name] = layer.to(self.device)
+            if name not in self.companions:
+                self.companions[name] = layer.to(self.device)
 
     def setup(self, stage: str) -> None:
         """Make the dry pass before training outside a federation; the server of one has made it for its clients."""
@@ -150,7 +165,7 @@ class DistillationModule(SegmentationModule):
         image = sample_image(data)
         if image is not None:
             self.rehearse(image)
-        check_connectors_known(self.active_losses, self.connectors)
+        check_connectors_known(self.active_losses, self.companions)
         if self.teacher is None:  # now, since a scheduler may ask for the training batches before `on_fit_start`
             self._learn_from_source()
 
@@ -176,7 +191,7 @@ class DistillationModule(SegmentationModule):
         trainer = self.trainer
         data = getattr(trainer, "datamodule", None)
         client = getattr(data, "client", None)
-        source.check_names([client] if client else [])
+        self.check_teachers([client])
         source.ensure(client, data, **getattr(trainer, "teacher_options", dict)())
         maps = None
         if self.teacher_cache != "off":
@@ -219,7 +234,7 @@ class DistillationModule(SegmentationModule):
         for name, weight in weights.items():
             term = self.losses[name]
             ours, theirs = shown[term.student_tap], answers[term.teacher_tap]
-            raw = term(*match(term, ours, theirs, pixels, coordinates, self.connectors.of(name)))
+            raw = term(*match(term, ours, theirs, pixels, coordinates, self.companions.of(name)))
             self.log(f"train/{name}_raw", raw.detach(), batch_size=len(logits), on_epoch=True)
             terms[name] = weight * raw
         self._keep_in_graph(terms, logits, weights)
@@ -229,7 +244,7 @@ class DistillationModule(SegmentationModule):
         """Give parameters that no term uses in this round a gradient of 0: DDP waits for every one of them."""
         if self._trainer is None or self.trainer.world_size == 1:
             return
-        idle = [self.connectors.of(name) for name in self.active_losses if name not in weights]
+        idle = [self.companions.of(name) for name in self.active_losses if name not in weights]
         unused = [p.sum() for layer in idle if layer is not None for p in layer.parameters()]
         first = next(iter(terms))
         terms[first] = terms[first] + 0 * torch.stack([logits.sum(), *unused]).sum()
@@ -264,16 +279,16 @@ class DistillationModule(SegmentationModule):
     # --- checkpoints --------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the connectors, for a resume of a run without federation; those of a federation stay with its clients."""
+        """Add the companions, for a resume of a run without federation; those of a federation stay with its clients."""
         super().on_save_checkpoint(checkpoint)
-        if len(self.connectors) and not self._learns_elsewhere:
-            checkpoint["fkd_med"]["connectors"] = self.connectors.tensors()
+        if len(self.companions) and not self._learns_elsewhere:
+            checkpoint["fkd_med"]["companions"] = self.companions.tensors()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the connectors back."""
+        """Take the companions back."""
         super().on_load_checkpoint(checkpoint)
-        stored = checkpoint.get("fkd_med", {}).get("connectors", {})
+        stored = checkpoint.get("fkd_med", {}).get("companions", {})
         fits = self._trainer is not None and self.trainer.state.fn == "fit" and not self._learns_elsewhere
         if fits:
-            check_connectors_fit(stored, self.connectors)
-        self.connectors.load_tensors(stored)
+            check_companions_fit(stored, self.companions)
+        self.companions.load_tensors(stored)

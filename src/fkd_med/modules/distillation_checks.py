@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from fkd_med.distillation import Connectors
+from fkd_med.distillation import Companions
 from fkd_med.errors import ConfigError
 from fkd_med.losses import LOGITS, DistillationTerm
 
@@ -58,13 +59,13 @@ def check_taps_are_cached(losses: Terms, teacher_cache: str) -> None:
         )
 
 
-def check_connectors_known(losses: Terms, connectors: Connectors) -> None:
+def check_connectors_known(losses: Terms, companions: Companions) -> None:
     """Refuse to train while a term's connector has no size.
 
     Raises:
         ConfigError: names the term and says how it gets one.
     """
-    missing = [name for name, term in losses.items() if term.connector is not None and name not in connectors]
+    missing = [name for name, term in losses.items() if term.connector is not None and name not in companions]
     if missing:
         raise ConfigError(
             f"model.losses.{missing[0]} has a connector, whose size nobody knows yet: call rehearse(image) of the "
@@ -72,15 +73,35 @@ def check_connectors_known(losses: Terms, connectors: Connectors) -> None:
         )
 
 
-def check_connectors_fit(stored: Mapping[str, Tensor], connectors: Connectors) -> None:
-    """Refuse to go on from a checkpoint with connectors of other terms.
+def check_companions_fit(stored: Mapping[str, Tensor], companions: Companions) -> None:
+    """Refuse to go on from a checkpoint with connectors of other terms, or with another teacher that trains.
 
     Raises:
-        ConfigError: names those of the checkpoint and those of the configuration.
+        ConfigError: names the first tensors that differ.
     """
-    held = connectors.tensors()
-    if {name: t.shape for name, t in stored.items()} != {name: t.shape for name, t in held.items()}:
+    before = {(name, tensor.shape) for name, tensor in stored.items()}
+    now = {(name, tensor.shape) for name, tensor in companions.tensors().items()}
+    if differ := sorted({name for name, _ in before ^ now}):
         raise ConfigError(
-            f"The checkpoint holds the connectors {sorted(stored) or 'of no term'}, and model.losses now has "
-            f"{sorted(held) or 'none'}: resume with the terms the run was started with."
+            f"The checkpoint and model.losses or model.teacher differ in what trains beside the student, connectors "
+            f"or a teacher ({', '.join(differ[:3])}): resume with the terms and networks the run was started with."
         )
+
+
+def check_mutual(losses: Terms, teacher_lr: float | None) -> None:
+    """Refuse terms that mean nothing when teacher and student change places, and a rate that is none.
+
+    Raises:
+        ConfigError: names the term or the rate, and the remedy.
+    """
+    if teacher_lr is not None and not 0 < teacher_lr < math.inf:
+        raise ConfigError(f"model.teacher_lr is {teacher_lr}: give a learning rate above 0, or null for the student's.")
+    for name, term in losses.items():
+        if name.startswith(("teacher", "student")):
+            raise ConfigError(f"model.losses: {name!r} would be logged as another value: give the term another name.")
+        of_logits = LOGITS in (term.student_tap, term.teacher_tap)
+        if of_logits and (term.student_tap != term.teacher_tap or term.connector is not None):
+            raise ConfigError(
+                f"model.losses.{name} compares logits with features, or has a connector for logits, and mutual "
+                "distillation applies it both ways: tap logits of both networks without connector, or modules of both."
+            )

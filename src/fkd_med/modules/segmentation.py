@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -146,9 +146,13 @@ class SegmentationModule(LightningModule):
             "or look at these images."
         )
 
+    def trained_parameters(self) -> Iterable[nn.Parameter] | list[dict[str, Any]]:
+        """Return what the optimizer gets: parameters, or groups of them with settings of their own."""
+        return (parameter for parameter in self.parameters() if parameter.requires_grad)
+
     def configure_optimizers(self) -> Any:
         """Build the optimizer, and the scheduler at its place in the whole run."""
-        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
+        optimizer = self.optimizer(self.trained_parameters())
         if self.scheduler is None:
             return optimizer
         scheduler = self.scheduler(optimizer)

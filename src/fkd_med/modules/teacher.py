@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ class TeacherSource(ABC):
     def check_names(self, clients: list[str]) -> None:  # noqa: B027 - most sources name nobody
         """Refuse a configuration that names clients which do not exist; called before any training."""
 
+    def check_trained(self, clients: Sequence[str | None]) -> None:  # noqa: B027 - most sources give trained ones
+        """Refuse to give teachers that know nothing to a student that only copies them; called before any training."""
+
     @abstractmethod
     def load(self, client: str | None) -> nn.Module:
         """Return the client's teacher network, on the CPU. Call `ensure` first."""
@@ -40,15 +44,20 @@ class TeacherSource(ABC):
 
     def digest(self, client: str | None) -> str:
         """Return a hash of the weights of a client's teacher. Call `ensure` first."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.load(client).state_dict().items()):
-            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # numpy knows no bfloat16
-            digest.update(name.encode() + raw.numpy().tobytes())
-        return digest.hexdigest()
+        return digest_of(self.load(client))
 
     def maps_folder(self) -> Path | None:
         """Return where a client's teacher cache may be kept; None keeps none, and the teacher runs at every step."""
         return None
+
+
+def digest_of(network: nn.Module) -> str:
+    """Return a hash of a network's tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # numpy knows no bfloat16
+        digest.update(name.encode() + raw.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def freeze(teacher: nn.Module) -> nn.Module:

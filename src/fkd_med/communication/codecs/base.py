@@ -114,6 +114,13 @@ class Codec(ABC):
             found |= self.choose(name).named_parts(name, like[name], length)
         return found
 
+    def at(self, progress: float) -> Codec:
+        """Return the codec as it is when a share of the run has passed: 0 in the first round, 1 in the last.
+
+        Itself, unless it changes in the course of a run; a codec that holds others asks them.
+        """
+        return self
+
     def describe(self) -> str:
         """Return the codec with all its settings, as both sides must have it."""
         settings = (f"{name}={_described(value)}" for name, value in sorted(vars(self).items()))

@@ -1,7 +1,8 @@
 """A codec that sends two thin factors of a matrix.
 
 Source: Wu et al., "Communication-efficient federated learning via knowledge distillation" (FedKD), 2022:
-singular value decomposition of each matrix, as many singular values as reach a share of the energy.
+singular value decomposition of each matrix, as many singular values as reach a share of the energy; the share rises
+in the course of the run, so that early, coarse updates are small and late ones exact.
 """
 
 from __future__ import annotations
@@ -19,22 +20,31 @@ from fkd_med.errors import ConfigError
 class LowRank(TensorCodec):
     """The strongest singular vectors of each kernel or matrix, seen as (out, in * k * k).
 
-    The smallest rank whose squared singular values reach `energy` of their sum; so the squared error of a tensor is
-    at most ``1 - energy`` of its square. A tensor whose factors would be larger than itself travels whole.
+    The smallest rank whose squared singular values reach the energy in force of their sum; so the squared error of a
+    tensor is at most ``1 - energy`` of its square. A tensor whose factors would be larger than itself travels whole.
 
     Args:
-        energy: share of the squared singular values to keep, above 0 and at most 1.
+        energy: share of the squared singular values to keep, above 0 and at most 1; the first round's.
         inner: codes the factors (or the whole tensor); not given, they are float32.
+        energy_end: the last round's share; in between it goes in a straight line. Not given, `energy` stays.
 
     Raises:
-        ConfigError: `energy` is none of these.
+        ConfigError: `energy` or `energy_end` is none of these.
     """
 
-    def __init__(self, energy: float = 0.95, inner: Codec | None = None) -> None:
-        if not 0 < energy <= 1:
-            raise ConfigError(f"LowRank keeps an energy above 0 and at most 1, not {energy}: correct `energy`.")
-        self.energy = energy
+    def __init__(self, energy: float = 0.95, inner: Codec | None = None, energy_end: float | None = None) -> None:
+        for name, share in (("energy", energy), ("energy_end", energy if energy_end is None else energy_end)):
+            if not 0 < share <= 1:
+                raise ConfigError(f"LowRank keeps an energy above 0 and at most 1, not {share}: correct `{name}`.")
+        self.energy, self.energy_end = energy, energy if energy_end is None else energy_end
+        self.energy_now = energy
         self.inner = inner or Float32()
+
+    def at(self, progress: float) -> LowRank:
+        """Return the codec with the energy of a share of the run: energy + (energy_end - energy) * progress."""
+        now = LowRank(self.energy, self.inner.at(progress), self.energy_end)
+        now.energy_now = (1 - progress) * self.energy + progress * self.energy_end  # each end exactly
+        return now
 
     def parts(self, spec: Spec, length: Length) -> dict[str, Spec]:
         """Return singular values and factors; no singular values: the whole tensor."""
@@ -48,7 +58,7 @@ class LowRank(TensorCodec):
         """Return the factors of a tensor, or the whole."""
         matrix = tensor.reshape(len(tensor), -1)
         left, strengths, right = torch.linalg.svd(matrix.double(), full_matrices=False)
-        rank = _rank(strengths, self.energy)
+        rank = _rank(strengths, self.energy_now)
         strengths = strengths[:rank].float()
         if not _saves(rank, tuple(matrix.shape)) or not bool(torch.isfinite(strengths).all()):
             return {"strengths": torch.zeros(0), **self.inner.encode({"whole": matrix}, seed)}

@@ -19,6 +19,10 @@ class Mixed(Codec):
         self.default = default
         self.patterns = dict(patterns)
 
+    def at(self, progress: float) -> Mixed:
+        """Return the mix of the codecs as they are at a share of the run."""
+        return Mixed(self.default.at(progress), {name: codec.at(progress) for name, codec in self.patterns.items()})
+
     def choose(self, name: str) -> TensorCodec:
         """Return the codec of the first pattern that fits `name`."""
         fitting = (codec for pattern, codec in self.patterns.items() if fnmatchcase(name, pattern))

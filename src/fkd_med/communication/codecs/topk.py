@@ -41,6 +41,10 @@ class TopK(TensorCodec):
         self.fraction = fraction
         self.inner = inner or Float32()
 
+    def at(self, progress: float) -> TopK:
+        """Return the same with the inner codec as it is at a share of the run."""
+        return TopK(self.fraction, self.inner.at(progress))
+
     def parts(self, spec: Spec, length: Length) -> dict[str, Spec]:
         """Return the places, in as many bytes as they take, and the values."""
         size = length("places")
