@@ -146,7 +146,8 @@ def test_overlay_applies(overlay: str) -> None:
     said = {plain(key): value for key, value in wanted.items()}
     # Networks that depend on the image size follow it; a class brings the defaults of what is not said.
     follows = {key for key in changed if key.endswith("network.init_args.img_size")}
-    follows |= {key for key in changed if key.rpartition(".init_args.")[0] + ".class_path" in said}
+    classes = [key.removesuffix("class_path") + "init_args." for key in said if key.endswith(".class_path")]
+    follows |= {key for key in changed if any(key.startswith(inside) for inside in classes)}
     assert {key: value for key, value in changed.items() if key in said or key not in follows} == {
         key: value for key, value in said.items() if before.get(key) != value
     }

@@ -25,7 +25,7 @@ import lightning as L
 from conftest import Hospitals, distilled, student, teacher_stage, trainer, weights
 from fkd_med.data import FederatedDataModule
 from fkd_med.aggregation import Scaffold
-from fkd_med.federated import FedProx, Federation, ScaffoldRule
+from fkd_med.federated import FedDF, FedProx, Federation, ScaffoldRule
 from fkd_med.losses import HintMSE, LogitKL, Ramp
 
 rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -64,6 +64,8 @@ rules = {{"aggregator": Scaffold(), "client_rules": [ScaffoldRule()], "batch_nor
 plain = lambda parameters: torch.optim.SGD(parameters, lr=0.05)
 run("scaffold", student(optimizer=plain), **rules)
 run("prox", student(), client_rules=[FedProx(1.0)], frozen=["network.0.bias"])
+public = lambda: Hospitals({{"a": 8, "b": 16, "c": 24}}, public=6)
+run("feddf", student(), data=public(), server_distillation=FedDF(steps=3, batch_size=4))
 run("unseen", student(), trainer={{"limit_val_batches": 0}})
 stage = teacher_stage(f"{{root}}/teachers", epochs=1)
 run("taught", distilled(None, source=stage), rounds=1)
@@ -90,7 +92,7 @@ def test_two_processes_hold_one_model(tmp_path) -> None:
         [sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=environment, check=False
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
-    runs = "plain keep resumed alone scaffold prox unseen taught again trial cached fade"
+    runs = "plain keep resumed alone scaffold prox feddf unseen taught again trial cached fade"
     for name in runs.split():
         one, other = (load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1))
         assert one.keys() == other.keys()

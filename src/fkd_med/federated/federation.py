@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse import lazy_instance
 from lightning import Callback
@@ -15,9 +15,11 @@ from fkd_med.aggregation import Aggregator, FedAvg, Firewall
 from fkd_med.communication import Packing
 from fkd_med.errors import ConfigError
 from fkd_med.federated.chaos import Chaos
+from fkd_med.federated.client_data import public_images
 from fkd_med.federated.participation import Fraction, Participation
 from fkd_med.federated.policy import BatchNormPolicy, TensorPolicy
 from fkd_med.federated.rules import ClientRule, supplied
+from fkd_med.federated.server_distillation import ServerDistillation
 
 
 class Federation:
@@ -34,6 +36,8 @@ class Federation:
         quorum: share of a round's clients whose updates must be usable; with fewer the run stops, everything saved.
         firewall: sets harmful updates aside, so that the round goes on if the quorum holds; null lets them through to
             the aggregator.
+        server_distillation: how the server goes on training the aggregated student, on the images of `data.public`:
+            FedDF; null for no such training.
         client_rules: what an algorithm changes in the clients' training: FedProx, ScaffoldRule, FedNovaRule.
         uplink: how updates are packed: codec, weights or deltas, compression; plain float32 when left out.
         downlink: how broadcasts are packed; of weights, since a client may have missed the last broadcast.
@@ -59,6 +63,7 @@ class Federation:
         participation: Participation | None = None,
         quorum: float = 1.0,
         firewall: Firewall | None = lazy_instance(Firewall),  # noqa: B008 - made when first used
+        server_distillation: ServerDistillation | None = None,
         client_rules: list[ClientRule] | None = None,
         uplink: Packing | None = None,
         downlink: Packing | None = None,
@@ -81,7 +86,7 @@ class Federation:
             raise ConfigError("federation.fraction and federation.participation both choose the clients: keep one.")
         if optimizer_state not in ("reset", "keep"):
             raise ConfigError(f"federation.optimizer_state is {optimizer_state!r}: give reset or keep.")
-        self.aggregator = aggregator
+        self.aggregator, self.server_distillation = aggregator, server_distillation
         self.participation = participation or Fraction(fraction)
         self.quorum, self.firewall, self.chaos = quorum, firewall, chaos
         if downlink is not None and (downlink.of == "delta" or downlink.error_feedback):
@@ -100,6 +105,11 @@ class Federation:
 
     def _check_rules(self) -> None:
         """Refuse an aggregator without the client rule it needs, and rules nobody listens to."""
+        if self.server_distillation is not None and self.aggregator is None:
+            raise ConfigError(
+                f"federation.server_distillation: {type(self.server_distillation).__name__} trains the aggregated "
+                "student, and here no weights are aggregated: choose an aggregator such as FedAvg, or leave it out."
+            )
         if self.aggregator is None:
             return  # alone, rules change the training and nothing is sent
         missing = sorted(self.aggregator.required_sections - supplied(self.client_rules))
@@ -116,13 +126,14 @@ class Federation:
                 "aggregator that goes with the rule, or leave the rule out."
             )
 
-    def begin(self, student: nn.Module, clients: list[str], rounds: int) -> None:
+    def begin(self, student: nn.Module, clients: list[str], rounds: int, data: Any = None) -> None:
         """Refuse, before any work, what some later round would refuse; tell the aggregator how many clients there are.
 
         Args:
             student: the module that is federated.
             clients: all clients of the run.
             rounds: how many rounds there will be.
+            data: the data module, asked for public images if something needs them.
 
         Raises:
             ConfigError: names the setting, the client or the tensor, and the remedy.
@@ -133,6 +144,9 @@ class Federation:
             self.chaos.check(clients)
         if self.aggregator is not None:
             self.aggregator.begin(len(clients))
+        if self.server_distillation is not None:
+            self.server_distillation.check(student, self.policy)
+            public_images(data, type(self.server_distillation).__name__)
 
     @property
     def is_local(self) -> bool:
@@ -148,6 +162,7 @@ class Federation:
         """Return the recipe with the same training and nobody to send to."""
         recipe = copy.copy(self)
         recipe.aggregator, recipe.local_baseline, recipe.chaos = None, False, None
+        recipe.server_distillation = None
         recipe.policy = TensorPolicy("average", [], self.policy.frozen, everything_stays=True)
         return recipe
 
