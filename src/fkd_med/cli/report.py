@@ -184,8 +184,10 @@ class Report:
         model, info = self.model, self.data.export_info()
         assert isinstance(model, SegmentationModule)
         ledger = Ledger(self.run_dir.ledger)
+        federation = self.trainer.federation
+        what = "logits of the student" if federation is not None and federation.keeps_students else "student"
         sent = Traffic(
-            "student", count_parameters(model.network), ledger.mean_per_message("up"), ledger.mean_per_message("down")
+            what, count_parameters(model.network), ledger.mean_per_message("up"), ledger.mean_per_message("down")
         )
         instead: list[tuple[str, nn.Module]] = []
         source = model.teacher_source if isinstance(model, DistillationModule) else None

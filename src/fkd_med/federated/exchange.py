@@ -10,7 +10,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fkd_med.communication import AllowList, Broadcast, Ledger, Packing, State, Update, check_client_name, specs
+from fkd_med.communication import (
+    AllowList,
+    Broadcast,
+    Ledger,
+    Packing,
+    PublicLogits,
+    State,
+    Update,
+    check_client_name,
+    specs,
+)
 from fkd_med.errors import TrainingError
 from fkd_med.files import atomic_write_bytes
 from fkd_med.seeding import derive_seed
@@ -30,6 +40,7 @@ class Exchange:
         uplink: how updates are packed.
         downlink: how broadcasts are packed.
         seed: the run's seed, of the packings' random draws.
+        logits: what logits on public images look like, if they are shared.
     """
 
     def __init__(
@@ -42,8 +53,9 @@ class Exchange:
         uplink: Packing | None = None,
         downlink: Packing | None = None,
         seed: int = 0,
+        logits: PublicLogits | None = None,
     ) -> None:
-        self.allowed = AllowList(state, sections)
+        self.allowed = AllowList(state, sections, logits)
         self.specs = specs(state)
         self.ledger = ledger
         self.journal = journal

@@ -12,12 +12,13 @@ from lightning import Callback
 from torch import nn
 
 from fkd_med.aggregation import Aggregator, FedAvg, Firewall
-from fkd_med.communication import Packing
+from fkd_med.communication import PUBLIC_LOGITS, Packing, PublicLogits
 from fkd_med.errors import ConfigError
 from fkd_med.federated.chaos import Chaos
 from fkd_med.federated.client_data import public_images
 from fkd_med.federated.participation import Fraction, Participation
 from fkd_med.federated.policy import BatchNormPolicy, TensorPolicy
+from fkd_med.federated.public_digest import shared_logits
 from fkd_med.federated.rules import ClientRule, supplied
 from fkd_med.federated.server_distillation import ServerDistillation
 
@@ -39,6 +40,8 @@ class Federation:
         server_distillation: how the server goes on training the aggregated student, on the images of `data.public`:
             FedDF; null for no such training.
         client_rules: what an algorithm changes in the clients' training: FedProx, ScaffoldRule, FedNovaRule.
+        share_logits: consent of all clients to send their students' logits on the images of `data.public` (FedMD);
+            without it, whatever would send them is refused.
         uplink: how updates are packed: codec, weights or deltas, compression; plain float32 when left out.
         downlink: how broadcasts are packed; of weights, since a client may have missed the last broadcast.
         batch_norm: ``average`` combines BatchNorm's tensors as all others; ``local`` keeps them with each client
@@ -65,6 +68,7 @@ class Federation:
         firewall: Firewall | None = lazy_instance(Firewall),  # noqa: B008 - made when first used
         server_distillation: ServerDistillation | None = None,
         client_rules: list[ClientRule] | None = None,
+        share_logits: bool = False,
         uplink: Packing | None = None,
         downlink: Packing | None = None,
         batch_norm: BatchNormPolicy = "average",
@@ -96,7 +100,10 @@ class Federation:
             )
         self.uplink, self.downlink = uplink, downlink
         self.client_rules = client_rules or []
-        self.policy = TensorPolicy(batch_norm, personal or [], frozen or [], everything_stays=aggregator is None)
+        self.policy = TensorPolicy(batch_norm, personal or [], frozen or [], everything_stays=not _sends(aggregator))
+        self.share_logits = share_logits
+        self.logits: PublicLogits | None = None
+        """What logits on public images look like; known once a run begins that shares them."""
         self.optimizer_state = optimizer_state
         self.client_callbacks = client_callbacks or []
         self.local_baseline = local_baseline
@@ -105,11 +112,12 @@ class Federation:
 
     def _check_rules(self) -> None:
         """Refuse an aggregator without the client rule it needs, and rules nobody listens to."""
-        if self.server_distillation is not None and self.aggregator is None:
+        if self.server_distillation is not None and not _sends(self.aggregator):
             raise ConfigError(
                 f"federation.server_distillation: {type(self.server_distillation).__name__} trains the aggregated "
                 "student, and here no weights are aggregated: choose an aggregator such as FedAvg, or leave it out."
             )
+        self._check_consent()
         if self.aggregator is None:
             return  # alone, rules change the training and nothing is sent
         missing = sorted(self.aggregator.required_sections - supplied(self.client_rules))
@@ -124,6 +132,20 @@ class Federation:
             raise ConfigError(
                 f"federation.client_rules sends the section '{unheard[0]}', which {name} does not use: choose the "
                 "aggregator that goes with the rule, or leave the rule out."
+            )
+
+    def _check_consent(self) -> None:
+        """Refuse to share logits without consent, and a consent that nobody uses."""
+        shares = PUBLIC_LOGITS in self.sections or (not self.is_local and PUBLIC_LOGITS in supplied(self.client_rules))
+        if shares and not self.share_logits:
+            raise ConfigError(
+                "This federation would send logits on public images, which say more of a client's student than an "
+                "average does: set federation.share_logits: true if all clients agree."
+            )
+        if self.share_logits and not shares:
+            raise ConfigError(
+                "federation.share_logits: nothing here shares logits. Remove it, or choose the aggregator "
+                "fkd_med.aggregation.LogitConsensus with the client rule fkd_med.federated.PublicDigest."
             )
 
     def begin(self, student: nn.Module, clients: list[str], rounds: int, data: Any = None) -> None:
@@ -144,6 +166,9 @@ class Federation:
             self.chaos.check(clients)
         if self.aggregator is not None:
             self.aggregator.begin(len(clients))
+            for rule in self.client_rules:
+                rule.check(data)
+        self.logits = shared_logits(student, data) if self.share_logits else None
         if self.server_distillation is not None:
             self.server_distillation.check(student, self.policy)
             public_images(data, type(self.server_distillation).__name__)
@@ -154,6 +179,11 @@ class Federation:
         return self.aggregator is None
 
     @property
+    def keeps_students(self) -> bool:
+        """Whether every client keeps a whole student of its own: alone, or where no weights travel."""
+        return self.policy.everything_stays
+
+    @property
     def sections(self) -> frozenset[str]:
         """What may travel beside the student, up or down."""
         return self.aggregator.required_sections | self.aggregator.down_sections if self.aggregator else frozenset()
@@ -162,7 +192,7 @@ class Federation:
         """Return the recipe with the same training and nobody to send to."""
         recipe = copy.copy(self)
         recipe.aggregator, recipe.local_baseline, recipe.chaos = None, False, None
-        recipe.server_distillation = None
+        recipe.server_distillation, recipe.share_logits = None, False
         recipe.policy = TensorPolicy("average", [], self.policy.frozen, everything_stays=True)
         return recipe
 
@@ -184,7 +214,12 @@ class Federation:
         return torch.get_num_threads()
 
 
-_SUPPLIERS = {"scaffold": "ScaffoldRule", "fednova": "FedNovaRule"}
+_SUPPLIERS = {"scaffold": "ScaffoldRule", "fednova": "FedNovaRule", PUBLIC_LOGITS: "PublicDigest"}
+
+
+def _sends(aggregator: Aggregator | None) -> bool:
+    """Tell whether weights travel at all."""
+    return aggregator is not None and aggregator.weights_travel
 
 
 def _positive(name: str, value: int) -> int:

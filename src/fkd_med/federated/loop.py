@@ -111,7 +111,7 @@ class FederatedLoop(_FitLoop):
         absences.drop_after(self.round - 1)
         self.exchange = Exchange(
             self._travelling(), self.federation.sections, ledger, trainer.run_dir.journal, trainer.is_global_zero,
-            self.federation.uplink, self.federation.downlink, global_seed(),
+            self.federation.uplink, self.federation.downlink, global_seed(), self.federation.logits,
         )  # fmt: skip
         self._worker = ClientWorker(
             module=self.server,

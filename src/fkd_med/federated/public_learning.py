@@ -7,6 +7,7 @@ images may be of another kind, and their statistics would be carried into every 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,11 +108,23 @@ def mean_answers(
     return Answers(positions, total.div_(max(1, count)))
 
 
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Keep a module in eval mode inside the block, and put every part's mode back after it."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
 def approach(
     student: nn.Module, images: Any, targets: Answers, batches: Sequence[Positions], optimizer: Optimizer,
-    temperature: float, around: Surroundings, show: Callable[[int], Any],
+    temperature: float, around: Surroundings, show: Callable[[int], Any] = int, anneal: bool = True,
 ) -> list[float]:  # fmt: skip
-    """Train a model towards answers: one step per batch on KL(target || model), the rate annealed by a cosine.
+    """Train a model towards answers: one step per batch on KL(target || model).
 
     Args:
         student: maps images (N, C, H, W) to logits; trained in place, in eval mode.
@@ -122,6 +135,7 @@ def approach(
         temperature: softens both sides; the loss is multiplied by its square.
         around: device and precision.
         show: told the number of each step.
+        anneal: whether the rate follows a cosine from the optimizer's to 0.
 
     Returns:
         The loss of every step, before it.
@@ -129,14 +143,13 @@ def approach(
     Raises:
         TrainingError: the loss is not finite.
     """
-    student.eval()
-    schedule = CosineAnnealingLR(optimizer, len(batches))
+    schedule = CosineAnnealingLR(optimizer, len(batches)) if anneal else None
     scaler = torch.amp.GradScaler(around.device.type, enabled=around.precision == "16-mixed")
     losses = []
     for step, batch in enumerate(batches, 1):
         show(step)
         optimizer.zero_grad()
-        with torch.enable_grad(), around.autocast():
+        with torch.enable_grad(), evaluating(student), around.autocast():
             logits = student(_ready(stacked(images, batch), student, around))
             loss = logit_kl(logits, targets.of(batch).to(around.device), temperature)
         losses.append(float(loss.detach()))
@@ -145,7 +158,9 @@ def approach(
         scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         scaler.step(optimizer)
         scaler.update()
-        schedule.step()
+        if schedule is not None:
+            schedule.step()
+    optimizer.zero_grad()
     return losses
 
 
