@@ -146,8 +146,10 @@ def test_overlay_applies(overlay: str) -> None:
     said = {plain(key): value for key, value in wanted.items()}
     # Networks that depend on the image size follow it; a class brings the defaults of what is not said.
     follows = {key for key in changed if key.endswith("network.init_args.img_size")}
-    follows |= {key for key in changed if key.rpartition(".init_args.")[0] + ".class_path" in said}
-    assert {key: value for key, value in changed.items() if key in said or key not in follows} == {
+    classes = [key.removesuffix("class_path") + "init_args." for key in said if key.endswith(".class_path")]
+    follows |= {key for key in changed if any(key.startswith(inside) for inside in classes)}
+    found = {key: as_said(value, said.get(key)) for key, value in changed.items()}
+    assert {key: value for key, value in found.items() if key in said or key not in follows} == {
         key: value for key, value in said.items() if before.get(key) != value
     }
     assert changed, f"{overlay} repeats what {BASE} says"
@@ -198,6 +200,15 @@ def leaves(tree: Any, key: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {key: tree}
     return {k: v for part, value in tree.items() for k, v in leaves(value, f"{key}.{part}".lstrip(".")).items()}
+
+
+def as_said(value: Any, said: Any) -> Any:
+    """Return of the classes in a list what a file says of them; the rest are their defaults."""
+    if isinstance(value, dict) and isinstance(said, dict):
+        return {key: as_said(value[key], part) for key, part in said.items()}
+    if isinstance(value, list) and isinstance(said, list) and len(value) == len(said):
+        return [as_said(one, part) for one, part in zip(value, said, strict=True)]
+    return value
 
 
 def plain(key: str) -> str:

@@ -61,6 +61,19 @@ class Blobs(Dataset):
         }
 
 
+class Public(Dataset):
+    """Images of nobody: noise."""
+
+    def __init__(self, count: int) -> None:
+        self.images = torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(3))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.images[index], "id": f"public-{index}"}
+
+
 class Hospitals(L.LightningDataModule):
     """What the federated loop asks for (`ClientData`), from memory."""
 
@@ -71,11 +84,16 @@ class Hospitals(L.LightningDataModule):
         num_workers: int = 0,
         content: str = "",
         seed: int = 5,
+        public: int = 0,
     ) -> None:
         super().__init__()
         self.sizes, self.batch_size, self.num_workers = dict(sizes or SIZES), batch_size, num_workers
         self.content, self.order_seed = content, seed
+        self.public = Public(public) if public else None
         self.drawn: list[tuple[int, str]] = []
+
+    def public_images(self) -> Public | None:
+        return self.public
 
     def client_names(self) -> list[str]:
         return sorted(self.sizes)
@@ -201,8 +219,8 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def fed() -> SimpleNamespace:
     """The helpers above (tests are no package, so they cannot import one another)."""
     return SimpleNamespace(
-        Hospitals=Hospitals, Blobs=Blobs, SIZES=SIZES, network=network, adam=adam, sgd=sgd, student=student,
-        teacher_stage=teacher_stage, distilled=distilled, trainer=trainer, weights=weights, same=same,
+        Hospitals=Hospitals, Blobs=Blobs, Public=Public, SIZES=SIZES, network=network, adam=adam, sgd=sgd,
+        student=student, teacher_stage=teacher_stage, distilled=distilled, trainer=trainer, weights=weights, same=same,
         silent=lambda: Reporter(enabled=False),
     )  # fmt: skip
 

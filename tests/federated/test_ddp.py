@@ -24,8 +24,8 @@ torch.set_num_threads(1)
 import lightning as L
 from conftest import Hospitals, adam, distilled, network, student, teacher_stage, trainer, weights
 from fkd_med.data import FederatedDataModule
-from fkd_med.aggregation import Scaffold
-from fkd_med.federated import FedProx, Federation, ScaffoldRule
+from fkd_med.aggregation import LogitConsensus, Scaffold
+from fkd_med.federated import FedDF, FedProx, Federation, PublicDigest, ScaffoldRule
 from fkd_med.losses import HintMSE, LogitKL, Ramp
 from fkd_med.modules import MutualDistillationModule
 
@@ -65,6 +65,10 @@ rules = {{"aggregator": Scaffold(), "client_rules": [ScaffoldRule()], "batch_nor
 plain = lambda parameters: torch.optim.SGD(parameters, lr=0.05)
 run("scaffold", student(optimizer=plain), **rules)
 run("prox", student(), client_rules=[FedProx(1.0)], frozen=["network.0.bias"])
+public = lambda: Hospitals({{"a": 8, "b": 16, "c": 24}}, public=6)
+run("feddf", student(), data=public(), server_distillation=FedDF(steps=3, batch_size=4))
+talk = {{"aggregator": LogitConsensus(), "client_rules": [PublicDigest(batch_size=4)], "share_logits": True}}
+run("fedmd", student(), data=public(), **talk)
 run("unseen", student(), trainer={{"limit_val_batches": 0}})
 stage = teacher_stage(f"{{root}}/teachers", epochs=1)
 run("taught", distilled(None, source=stage), rounds=1)
@@ -106,19 +110,18 @@ def test_two_processes_hold_one_model(tmp_path) -> None:
         [sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=environment, check=False
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
-    runs = "plain keep resumed alone scaffold prox unseen taught again trial cached fade mutual companions"
+    runs = "plain keep resumed alone scaffold prox feddf fedmd unseen taught again trial cached fade mutual companions"
     for name in runs.split():
         one, other = (load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1))
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one), name
-        assert (
-            any(not torch.equal(value, START[key]) for key, value in one.items() if key in START)
-            or name in "alone companions"
-        )
+        moved = any(not torch.equal(value, START[key]) for key, value in one.items() if key in START)
+        assert moved or name in ("alone", "fedmd", "companions"), name
     held = load(tmp_path / "companions-0.pt")
     kernels = {float(tensor.sum()) for key, tensor in held.items() if key.endswith("teacher.0.weight")}
     assert len(held) == 6 * 11 and len(kernels) == 6  # three clients, two rounds; each teacher its own
     assert any(key.startswith("own-a/") for key in load(tmp_path / "alone-0.pt"))
+    assert any(key.startswith("own-a/") for key in load(tmp_path / "fedmd-0.pt"))
     plain, resumed = load(tmp_path / "plain-0.pt"), load(tmp_path / "resumed-0.pt")
     assert all(torch.equal(plain[key], resumed[key]) for key in plain)
     taught, again = load(tmp_path / "taught-0.pt"), load(tmp_path / "again-0.pt")

@@ -9,6 +9,7 @@ from fkd_med.aggregation.fednova import FedNova
 from fkd_med.aggregation.fedopt import FedAdagrad, FedAdam, FedYogi
 from fkd_med.aggregation.firewall import Firewall, Quarantine
 from fkd_med.aggregation.krum import Krum, MultiKrum
+from fkd_med.aggregation.logit_consensus import LogitConsensus
 from fkd_med.aggregation.scaffold import Scaffold
 from fkd_med.aggregation.server_optimizer import ServerOptimizer
 from fkd_med.aggregation.state import (
@@ -36,6 +37,7 @@ __all__ = [
     "FedYogi",
     "Firewall",
     "Krum",
+    "LogitConsensus",
     "MultiKrum",
     "NormClippedMean",
     "Quarantine",

@@ -18,12 +18,14 @@ class Aggregator(ABC):
 
     Class attributes say what a rule needs: `required_sections` names the extras that every update must carry (a
     client rule supplies them), `down_sections` those it sends along with a broadcast, `memory` the attributes, each
-    a ``{name: tensor}``, that last from round to round and must survive a restart.
+    a ``{name: tensor}``, that last from round to round and must survive a restart. Without `weights_travel` every
+    client keeps its student, messages hold nothing but sections, and states are empty.
     """
 
     required_sections: ClassVar[frozenset[str]] = frozenset()
     down_sections: ClassVar[frozenset[str]] = frozenset()
     memory: ClassVar[tuple[str, ...]] = ()
+    weights_travel: ClassVar[bool] = True
 
     def begin(self, num_clients: int) -> None:  # noqa: B027 - a hook that most rules do not need
         """Hear how many clients the federation has in all; called before the first round of a fit, resumed or not.

@@ -14,7 +14,7 @@ from fkd_med.rundir import RunDir
 def best_checkpoint(trainer: L.Trainer) -> str | None:
     """Return the best checkpoint of a fit, or the last; None tests the weights as they are."""
     federation = getattr(trainer, "federation", None)
-    local = federation is not None and federation.is_local  # then the last one holds every client's own best
+    local = federation is not None and federation.keeps_students  # then the last one holds every client's own best
     folder = str(RunDir(trainer.default_root_dir).checkpoints.resolve())
     ours = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath == folder]
     chosen = [c for c in ours if isinstance(c, LastCheckpoint) == local] or trainer.checkpoint_callbacks

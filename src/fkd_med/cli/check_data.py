@@ -17,6 +17,7 @@ from fkd_med.data.manifest import ManifestRow
 from fkd_med.data.masks import MaskCoding, MaskFacts, find_coding, survey_masks
 from fkd_med.data.partition import build_manifest
 from fkd_med.data.progress import with_progress
+from fkd_med.data.public import read_public
 from fkd_med.errors import DataError
 from fkd_med.seeding import global_seed
 
@@ -51,7 +52,7 @@ def check_data(arguments: list[str]) -> None:
     found = _look(data)
     manifest = found.manifest or _without_hospitals(found.records)
     report = read_everything(found.records, manifest, found.coding, found.notes)
-    report.errors[:0] = found.errors
+    report.errors = list(dict.fromkeys([*found.errors, *report.errors]))
     report.warnings = [line for line in report.warnings if not line.startswith(f"{_ALL} has no image")]
     render(report, wide_console(120, soft_wrap=True))
     written = _write(Path(given.output).expanduser(), found, manifest)
@@ -74,7 +75,19 @@ def _look(data: FederatedDataModule) -> _Findings:
     found.manifest = _manifest(data, found)
     used = {row.id for row in found.manifest.rows} if found.manifest else {record.id for record in found.records}
     found.coding = _coding(data, [record for record in found.records if record.id in used], found)
+    _look_at_public(data, [record for record in found.records if record.id in used], found)
     return found
+
+
+def _look_at_public(data: FederatedDataModule, records: list[Record], found: _Findings) -> None:
+    """Count the public images, if the configuration names any, and see that none is a client's."""
+    if data.public is None:
+        return
+    try:
+        count = len(read_public(data.public, data.preprocessing, records))
+        print(f"Public images: {count} in {data.public}, none of them a client's.")
+    except DataError as error:
+        found.errors.append(str(error))
 
 
 def _records(data: FederatedDataModule, found: _Findings) -> list[Record]:

@@ -97,7 +97,7 @@ def _checkpoint(config: Namespace, command: str, asked: str | None) -> str | Non
     """Return the file of the checkpoint asked for; a command that scores takes the best of the run when none is."""
     folder = Path(config.checkpoint.dirpath)
     if asked is None and command in ("validate", "test"):
-        asked = "last" if _is_local(config) else "best"  # the last one holds every client's own best
+        asked = "last" if _keeps_students(config) else "best"  # the last one holds every client's own best
     if asked is None:
         return None
     if asked not in ("last", "best"):
@@ -114,9 +114,13 @@ def _checkpoint(config: Namespace, command: str, asked: str | None) -> str | Non
     return str(found[-1])
 
 
-def _is_local(config: Namespace) -> bool:
+def _keeps_students(config: Namespace) -> bool:
+    """Tell whether every client of a federation keeps a student of its own."""
     federation = config.get("federation")
-    return federation is not None and federation.init_args.get("aggregator") is None
+    if federation is None:
+        return False
+    aggregator = federation.init_args.get("aggregator")
+    return aggregator is None or not getattr(_class(aggregator["class_path"]), "weights_travel", True)
 
 
 def _take_stored_manifest(config: Namespace, manifest: Path) -> bool:
@@ -168,12 +172,17 @@ def _fit(node: Any, key: str, wanted: dict[str, Any]) -> None:
 
 def _parameters(class_path: str) -> dict[str, inspect.Parameter]:
     """Return the parameters of a class by name; none if it cannot be imported (instantiating says why)."""
+    cls = _class(class_path)
+    return {} if cls is None else dict(inspect.signature(cls.__init__).parameters)
+
+
+def _class(class_path: str) -> Any:
+    """Return a class by its import path; None if it cannot be imported."""
     module, _, name = class_path.rpartition(".")
     try:
-        cls = getattr(__import__(module, fromlist=[name]), name)
+        return getattr(__import__(module, fromlist=[name]), name)
     except (ImportError, AttributeError, ValueError):
-        return {}
-    return dict(inspect.signature(cls.__init__).parameters)
+        return None
 
 
 def _stored_seed(config: Path, given: Any) -> Any:

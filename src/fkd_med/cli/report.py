@@ -13,7 +13,7 @@ from fkd_med.checkpoints import read_checkpoint, write_checkpoint
 from fkd_med.cli.baseline import train_alone
 from fkd_med.cli.best_weights import best_checkpoint
 from fkd_med.cli.showcase import Predictor, module_predictor, sample, teacher_predictor
-from fkd_med.communication import Ledger, Link, counterfactual_bytes
+from fkd_med.communication import Ledger, counterfactual_bytes
 from fkd_med.evaluation import (
     ImageRow,
     ImageTable,
@@ -25,7 +25,7 @@ from fkd_med.evaluation import (
     traffic_table,
     write_pictures,
 )
-from fkd_med.federated import FederatedTrainer
+from fkd_med.federated import FederatedTrainer, Federation
 from fkd_med.federated.inner import inner_trainer
 from fkd_med.federated.quiet import quiet
 from fkd_med.files import atomic_write_text
@@ -171,7 +171,7 @@ class Report:
         sheets: list[Sheet] = [end_table(arms, "Test, at original size")]
         federation = self.trainer.federation
         if federation is not None and not federation.is_local:
-            sheets.append(self._traffic(federation.link))
+            sheets.append(self._traffic(federation))
         for sheet in sheets:
             self.console.print()
             self.console.print(sheet)
@@ -180,17 +180,18 @@ class Report:
             summary = {f"test/{name}/dice": sum(r.dice for r in rows) / len(rows) for name, rows in arms.items()}
             logger.log_metrics({k.replace(" ", "_"): v for k, v in summary.items()}, step=self.trainer.global_step)
 
-    def _traffic(self, link: Link) -> Sheet:
+    def _traffic(self, federation: Federation) -> Sheet:
         """Return what was sent beside what federating larger networks would have sent."""
         model, info = self.model, self.data.export_info()
         assert isinstance(model, SegmentationModule)
-        ledger = Ledger(self.run_dir.ledger)
+        ledger, link = Ledger(self.run_dir.ledger), federation.link
         clients = sorted({row.client for row in ledger.rows})
 
         def traffic(name: str, network: nn.Module, up: float, down: float) -> Traffic:
             return Traffic(name, count_parameters(network), up, down, link.slowest(clients, up, down))
 
-        sent = traffic("student", model.network, ledger.mean_per_message("up"), ledger.mean_per_message("down"))
+        what = "logits of the student" if federation.keeps_students else "student"
+        sent = traffic(what, model.network, ledger.mean_per_message("up"), ledger.mean_per_message("down"))
         instead: list[tuple[str, nn.Module]] = []
         source = model.teacher_source if isinstance(model, DistillationModule) else None
         teacher = getattr(getattr(source, "module", None), "network", None)

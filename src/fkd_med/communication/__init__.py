@@ -1,6 +1,6 @@
 """What travels between server and clients: messages, their bytes, what may be in them, what they cost."""
 
-from fkd_med.communication.allowlist import AllowList
+from fkd_med.communication.allowlist import PUBLIC_LOGITS, AllowList, PublicLogits
 from fkd_med.communication.codecs import (
     BFloat16,
     Codec,
@@ -21,6 +21,7 @@ from fkd_med.communication.packing import Packed, Packing
 from fkd_med.communication.wire import decode, encode, section_bytes
 
 __all__ = [
+    "PUBLIC_LOGITS",
     "AllowList",
     "BFloat16",
     "Broadcast",
@@ -37,6 +38,7 @@ __all__ = [
     "Mixed",
     "Packed",
     "Packing",
+    "PublicLogits",
     "Rates",
     "Spec",
     "State",

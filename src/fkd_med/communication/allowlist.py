@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,18 +20,48 @@ MAX_METRICS = 256
 _METRIC = re.compile(r"[A-Za-z][A-Za-z0-9_]*(/[A-Za-z0-9_]+)*")  # no dots, no leading slash: never a file's path
 
 
+PUBLIC_LOGITS = "public-logits"
+"""The section of logits on public images, the one thing that may travel besides what is shaped as the student."""
+
+
+@dataclass(frozen=True)
+class PublicLogits:
+    """What the section `PUBLIC_LOGITS` may hold, known before anything is sent.
+
+    Args:
+        count: number of public images; tensors are named ``0`` to ``count - 1``, never by a file.
+        shape: (K, H, W) of each, as float16.
+    """
+
+    count: int
+    shape: tuple[int, ...]
+
+    def allows(self, name: str, tensor: Tensor) -> bool:
+        """Tell whether a tensor of this name may be in the section."""
+        place = name.isascii() and name.isdecimal() and len(name) < 10 and str(int(name)) == name
+        return place and int(name) < self.count and tuple(tensor.shape) == self.shape and tensor.dtype == torch.float16
+
+
 class AllowList:
     """What may be in a message: exactly the student's tensors, and further ones only in `sections`.
 
     In a section, a tensor is either named and shaped as one of the student's (control variates, residuals) or a
-    single floating-point number (a coefficient). So neither a teacher, an image, a mask nor a path can pass.
+    single floating-point number (a coefficient). So neither a teacher, an image, a mask nor a path can pass. The one
+    exception is the section `PUBLIC_LOGITS`, for a federation that has consented to it.
 
     Args:
         state: the student's state as it travels; only names, shapes and dtypes are kept (meta tensors will do).
         sections: names of the extras that the configured rules declare.
+        logits: what logits on public images look like; None without consent to share them.
     """
 
-    def __init__(self, state: Mapping[str, Tensor], sections: Collection[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        state: Mapping[str, Tensor],
+        sections: Collection[str] = frozenset(),
+        logits: PublicLogits | None = None,
+    ) -> None:
+        self.logits = logits
         self.specs: dict[str, tuple[torch.Size, torch.dtype]] = {n: (t.shape, t.dtype) for n, t in state.items()}
         self.sections = frozenset(sections)
 
@@ -76,12 +107,25 @@ class AllowList:
             )
 
     def _check_extra(self, section: str, name: str, tensor: Tensor, owner: str) -> None:
+        if section == PUBLIC_LOGITS:
+            self._check_logits(name, tensor, owner)
+            return
         known = name in self.specs and tensor.shape == self.specs[name][0]
         coefficient = name.isidentifier() and tensor.numel() == 1 and tensor.is_floating_point()
         if not known and not coefficient:
             raise TrainingError(
                 f"{owner} sends tensor {shown(name)} {tuple(tensor.shape)} in section '{section}': only tensors "
                 "named and shaped as the student's, or single numbers, may travel there."
+            )
+
+    def _check_logits(self, name: str, tensor: Tensor, owner: str) -> None:
+        if self.logits is None:
+            raise TrainingError(f"{owner} sends logits on public images without federation.share_logits: not allowed.")
+        if not self.logits.allows(name, tensor):
+            raise TrainingError(
+                f"{owner} sends {shown(name)} as {tensor.dtype} {tuple(tensor.shape)} in section '{PUBLIC_LOGITS}': "
+                f"only float16 maps {self.logits.shape} of {self.logits.count} public images, named by their place, "
+                "may travel there. Use the same student and public images on all sides."
             )
 
 

@@ -6,7 +6,6 @@ of the pixels, which also sees one picture saved twice in different formats.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fkd_med.data.decoding import Header, read_header
-from fkd_med.data.images import read_image, read_mask
+from fkd_med.data.images import pixel_digest, read_image, read_mask
 from fkd_med.data.manifest import SPLITS, Manifest, ManifestRow
 from fkd_med.data.masks import MaskCoding
 from fkd_med.data.progress import with_progress
@@ -175,7 +174,6 @@ def _read(row: ManifestRow, records: dict[str, Record], coding: MaskCoding) -> _
         raise DataError(f"{row.id}: in the manifest, but its image is not in the data.")
     header = read_header(record.image)
     image = read_image(record.image, 3)
-    digest = hashlib.blake2b(repr(image.shape).encode() + image.tobytes(), digest_size=16).hexdigest()
     if record.mask is None:
         raise DataError(f"{record.image}: has no mask.")
     raw = read_mask(record.mask)
@@ -184,7 +182,8 @@ def _read(row: ManifestRow, records: dict[str, Record], coding: MaskCoding) -> _
     values, number = np.unique(raw, return_counts=True)
     indices = coding.apply(raw, record.mask)
     shares = np.bincount(indices.ravel(), minlength=len(coding.values)) / indices.size
-    return _Seen(row, header, digest, dict(zip(values.tolist(), number.tolist(), strict=True)), shares.tolist())
+    pixels = dict(zip(values.tolist(), number.tolist(), strict=True))
+    return _Seen(row, header, pixel_digest(image), pixels, shares.tolist())
 
 
 def _client_report(name: str, seen: Sequence[_Seen]) -> ClientReport:

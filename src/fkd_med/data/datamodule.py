@@ -25,6 +25,7 @@ from fkd_med.data.manifest import Manifest
 from fkd_med.data.masks import MaskCoding, scan_masks
 from fkd_med.data.partition import BySite, Partitioner, build_manifest
 from fkd_med.data.preprocessing import Preprocessing
+from fkd_med.data.public import PublicImages, read_public
 from fkd_med.data.records import Record
 from fkd_med.data.sampling import SeededSampler
 from fkd_med.errors import ConfigError, DataError
@@ -56,6 +57,7 @@ class FederatedDataModule(L.LightningDataModule):
         test_fraction: Share of each hospital's patients kept for testing.
         on_missing: What to do about images without mask and masks without image.
         seed: Of splits, order and augmentation; null for seed_everything's.
+        public: Folder of further images, without masks and nobody's, for algorithms that distil on such (FedDF, FedMD).
 
     Attributes:
         teacher_maps: What a frozen teacher says about the training images. Set by whoever has a teacher, never by
@@ -84,6 +86,7 @@ class FederatedDataModule(L.LightningDataModule):
         test_fraction: float = 0.2,
         on_missing: Literal["error", "skip"] = "error",
         seed: int | None = None,
+        public: str | None = None,
     ) -> None:
         super().__init__()
         self.root = Path(root).expanduser()
@@ -105,6 +108,8 @@ class FederatedDataModule(L.LightningDataModule):
         self.test_fraction = test_fraction
         self.on_missing = on_missing
         self.seed = seed
+        self.public = public
+        self._public: PublicImages | None = None
         self.manifest: Manifest
         self.teacher_maps: Maps | None = None
         self._coding: MaskCoding | None = None
@@ -126,6 +131,8 @@ class FederatedDataModule(L.LightningDataModule):
             self._read()
         if stage in (None, "fit"):
             self._check_batches()
+            if self.public is not None and self._public is None:
+                self._public = read_public(self.public, self.preprocessing, list(self._records.values()))
 
     def train_dataloader(self) -> Loader:
         """All hospitals pooled, or the one named by `client`."""
@@ -173,6 +180,10 @@ class FederatedDataModule(L.LightningDataModule):
     def client_test_dataloader(self, client: str | None) -> Loader:
         """Test images of a client (None: of all), with masks of the original size."""
         return self._evaluation_loader(self._dataset(client, "test", original=True))
+
+    def public_images(self) -> PublicImages | None:
+        """Return the images of `public`, in order and as they are; None without such a folder, or before `setup`."""
+        return self._public
 
     def export_info(self) -> dict[str, Any]:
         """Return all that prediction needs, as plain containers that a checkpoint can hold; call it after `setup`.

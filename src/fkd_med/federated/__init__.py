@@ -3,9 +3,12 @@
 from fkd_med.federated.chaos import Chaos
 from fkd_med.federated.client import ClientWorker
 from fkd_med.federated.client_data import ClientData
+from fkd_med.federated.feddf import FedDF
 from fkd_med.federated.federation import Federation
 from fkd_med.federated.participation import Availability, ByWeight, Fraction, Number, Participation, RoundRobin
+from fkd_med.federated.public_digest import PublicDigest
 from fkd_med.federated.rules import ClientRule, FedNovaRule, FedProx, ScaffoldRule
+from fkd_med.federated.server_distillation import ServerDistillation, ServerWork
 from fkd_med.federated.teachers import TeacherStage
 from fkd_med.federated.trainer import FederatedTrainer
 
@@ -16,6 +19,7 @@ __all__ = [
     "ClientData",
     "ClientRule",
     "ClientWorker",
+    "FedDF",
     "FedNovaRule",
     "FedProx",
     "FederatedTrainer",
@@ -23,7 +27,10 @@ __all__ = [
     "Fraction",
     "Number",
     "Participation",
+    "PublicDigest",
     "RoundRobin",
     "ScaffoldRule",
+    "ServerDistillation",
+    "ServerWork",
     "TeacherStage",
 ]

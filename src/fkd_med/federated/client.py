@@ -119,6 +119,7 @@ class ClientWorker:
         self.federation.policy.freeze(worker)
         rules = [] if self.federation.is_local else copy.deepcopy(self.federation.client_rules)
         for rule in rules:
+            rule.meet(self.data, self.seed)
             rule.begin(broadcast, before.rules.get(type(rule).__name__, {}))
         companions = worker.companions if isinstance(worker, DistillationModule) else None
         with seeded(self.seed, broadcast.round, client), quiet():
@@ -176,8 +177,9 @@ class ClientWorker:
         elif self.federation.local_steps is not None:
             length = {"max_epochs": -1, "max_steps": self.federation.local_steps}
         text = f"round {round}/{self.federation.rounds} · {client}"
-        extra = [MeanBuffers(), LossOnBar(self.reporter, text), *copy.deepcopy(self.federation.client_callbacks)]
-        return inner_trainer(self.flags, callbacks=[*callbacks, *extra], limit_val_batches=0, **length)
+        extra = [LossOnBar(self.reporter, text), *copy.deepcopy(self.federation.client_callbacks)]
+        callbacks = [MeanBuffers(), *callbacks, *extra]  # first, as rules may look at the trained student
+        return inner_trainer(self.flags, callbacks=callbacks, limit_val_batches=0, **length)
 
     def _clock(self, round: int, loader: Any) -> RunClock:
         """Where this round stands in the run, as if the client had taken part in every round so far."""

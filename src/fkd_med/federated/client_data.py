@@ -57,3 +57,25 @@ def client_data(datamodule: Any) -> ClientData:
         )
     data: ClientData = datamodule
     return data
+
+
+def public_images(datamodule: Any, who: str) -> Any:
+    """Return the public images of a data module: items with ``image`` (C, H, W), with a length, in a fixed order.
+
+    Args:
+        datamodule: the data module, after ``setup``; only algorithms that need such images ask for them.
+        who: the algorithm, for the message.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    give = getattr(datamodule, "public_images", None)
+    if give is None:
+        raise ConfigError(
+            f"{who} needs public images, and {type(datamodule).__name__} has no method public_images: use "
+            "fkd_med.data.FederatedDataModule with data.public, or add one that returns items with `image`."
+        )
+    images = give()
+    if images is None or len(images) == 0:
+        raise ConfigError(f"{who} needs public images: give data.public, a folder of images that belong to no client.")
+    return images

@@ -11,7 +11,17 @@ from typing import Literal
 
 from torch import Tensor
 
-from fkd_med.communication import AllowList, Broadcast, Ledger, Packing, State, Update, check_client_name, specs
+from fkd_med.communication import (
+    AllowList,
+    Broadcast,
+    Ledger,
+    Packing,
+    PublicLogits,
+    State,
+    Update,
+    check_client_name,
+    specs,
+)
 from fkd_med.errors import TrainingError
 from fkd_med.files import atomic_write_bytes
 from fkd_med.modules import RunClock
@@ -33,6 +43,7 @@ class Exchange:
         downlink: how broadcasts are packed.
         seed: the run's seed, of the packings' random draws.
         rounds: rounds of the run, for packings that change in its course.
+        logits: what logits on public images look like, if they are shared.
     """
 
     def __init__(
@@ -46,8 +57,9 @@ class Exchange:
         downlink: Packing | None = None,
         seed: int = 0,
         rounds: int = 1,
+        logits: PublicLogits | None = None,
     ) -> None:
-        self.allowed = AllowList(state, sections)
+        self.allowed = AllowList(state, sections, logits)
         self.specs = specs(state)
         self.ledger = ledger
         self.journal = journal

@@ -5,19 +5,22 @@ from __future__ import annotations
 import copy
 import math
 import os
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse import lazy_instance
 from lightning import Callback
 from torch import nn
 
 from fkd_med.aggregation import Aggregator, FedAvg, Firewall
-from fkd_med.communication import Link, Packing, Rates
+from fkd_med.communication import PUBLIC_LOGITS, Link, Packing, PublicLogits, Rates
 from fkd_med.errors import ConfigError
 from fkd_med.federated.chaos import Chaos
+from fkd_med.federated.client_data import public_images
 from fkd_med.federated.participation import Fraction, Participation
 from fkd_med.federated.policy import BatchNormPolicy, TensorPolicy
+from fkd_med.federated.public_digest import shared_logits
 from fkd_med.federated.rules import ClientRule, supplied
+from fkd_med.federated.server_distillation import ServerDistillation
 
 
 class Federation:
@@ -34,7 +37,11 @@ class Federation:
         quorum: share of a round's clients whose updates must be usable; with fewer the run stops, everything saved.
         firewall: sets harmful updates aside, so that the round goes on if the quorum holds; null lets them through to
             the aggregator.
+        server_distillation: how the server goes on training the aggregated student, on the images of `data.public`:
+            FedDF; null for no such training.
         client_rules: what an algorithm changes in the clients' training: FedProx, ScaffoldRule, FedNovaRule.
+        share_logits: consent of all clients to send their students' logits on the images of `data.public` (FedMD);
+            without it, whatever would send them is refused.
         uplink: how updates are packed: codec, weights or deltas, compression; plain float32 when left out.
         downlink: how broadcasts are packed; of weights, since a client may have missed the last broadcast.
         uplink_mbps: speed of the clients' links to the server in Mbit/s, one number or one by client: what the bytes
@@ -62,7 +69,9 @@ class Federation:
         participation: Participation | None = None,
         quorum: float = 1.0,
         firewall: Firewall | None = lazy_instance(Firewall),  # noqa: B008 - made when first used
+        server_distillation: ServerDistillation | None = None,
         client_rules: list[ClientRule] | None = None,
+        share_logits: bool = False,
         uplink: Packing | None = None,
         downlink: Packing | None = None,
         uplink_mbps: Rates = 10.0,
@@ -86,7 +95,7 @@ class Federation:
             raise ConfigError("federation.fraction and federation.participation both choose the clients: keep one.")
         if optimizer_state not in ("reset", "keep"):
             raise ConfigError(f"federation.optimizer_state is {optimizer_state!r}: give reset or keep.")
-        self.aggregator = aggregator
+        self.aggregator, self.server_distillation = aggregator, server_distillation
         self.participation = participation or Fraction(fraction)
         self.quorum, self.firewall, self.chaos = quorum, firewall, chaos
         if downlink is not None and (downlink.of == "delta" or downlink.error_feedback):
@@ -97,7 +106,10 @@ class Federation:
         self.uplink, self.downlink = uplink, downlink
         self.link = Link(uplink_mbps, downlink_mbps)
         self.client_rules = client_rules or []
-        self.policy = TensorPolicy(batch_norm, personal or [], frozen or [], everything_stays=aggregator is None)
+        self.policy = TensorPolicy(batch_norm, personal or [], frozen or [], everything_stays=not _sends(aggregator))
+        self.share_logits = share_logits
+        self.logits: PublicLogits | None = None
+        """What logits on public images look like; known once a run begins that shares them."""
         self.optimizer_state = optimizer_state
         self.client_callbacks = client_callbacks or []
         self.local_baseline = local_baseline
@@ -106,6 +118,12 @@ class Federation:
 
     def _check_rules(self) -> None:
         """Refuse an aggregator without the client rule it needs, and rules nobody listens to."""
+        if self.server_distillation is not None and not _sends(self.aggregator):
+            raise ConfigError(
+                f"federation.server_distillation: {type(self.server_distillation).__name__} trains the aggregated "
+                "student, and here no weights are aggregated: choose an aggregator such as FedAvg, or leave it out."
+            )
+        self._check_consent()
         if self.aggregator is None:
             return  # alone, rules change the training and nothing is sent
         missing = sorted(self.aggregator.required_sections - supplied(self.client_rules))
@@ -122,13 +140,28 @@ class Federation:
                 "aggregator that goes with the rule, or leave the rule out."
             )
 
-    def begin(self, student: nn.Module, clients: list[str], rounds: int) -> None:
+    def _check_consent(self) -> None:
+        """Refuse to share logits without consent, and a consent that nobody uses."""
+        shares = PUBLIC_LOGITS in self.sections or (not self.is_local and PUBLIC_LOGITS in supplied(self.client_rules))
+        if shares and not self.share_logits:
+            raise ConfigError(
+                "This federation would send logits on public images, which say more of a client's student than an "
+                "average does: set federation.share_logits: true if all clients agree."
+            )
+        if self.share_logits and not shares:
+            raise ConfigError(
+                "federation.share_logits: nothing here shares logits. Remove it, or choose the aggregator "
+                "fkd_med.aggregation.LogitConsensus with the client rule fkd_med.federated.PublicDigest."
+            )
+
+    def begin(self, student: nn.Module, clients: list[str], rounds: int, data: Any = None) -> None:
         """Refuse, before any work, what some later round would refuse; tell the aggregator how many clients there are.
 
         Args:
             student: the module that is federated.
             clients: all clients of the run.
             rounds: how many rounds there will be.
+            data: the data module, asked for public images if something needs them.
 
         Raises:
             ConfigError: names the setting, the client or the tensor, and the remedy.
@@ -140,11 +173,22 @@ class Federation:
             self.chaos.check(clients)
         if self.aggregator is not None:
             self.aggregator.begin(len(clients))
+            for rule in self.client_rules:
+                rule.check(data)
+        self.logits = shared_logits(student, data) if self.share_logits else None
+        if self.server_distillation is not None:
+            self.server_distillation.check(student, self.policy)
+            public_images(data, type(self.server_distillation).__name__)
 
     @property
     def is_local(self) -> bool:
         """Whether every client trains alone: everything is personal and nothing travels."""
         return self.aggregator is None
+
+    @property
+    def keeps_students(self) -> bool:
+        """Whether every client keeps a whole student of its own: alone, or where no weights travel."""
+        return self.policy.everything_stays
 
     @property
     def sections(self) -> frozenset[str]:
@@ -155,6 +199,7 @@ class Federation:
         """Return the recipe with the same training and nobody to send to."""
         recipe = copy.copy(self)
         recipe.aggregator, recipe.local_baseline, recipe.chaos = None, False, None
+        recipe.server_distillation, recipe.share_logits = None, False
         recipe.policy = TensorPolicy("average", [], self.policy.frozen, everything_stays=True)
         return recipe
 
@@ -176,7 +221,12 @@ class Federation:
         return torch.get_num_threads()
 
 
-_SUPPLIERS = {"scaffold": "ScaffoldRule", "fednova": "FedNovaRule"}
+_SUPPLIERS = {"scaffold": "ScaffoldRule", "fednova": "FedNovaRule", PUBLIC_LOGITS: "PublicDigest"}
+
+
+def _sends(aggregator: Aggregator | None) -> bool:
+    """Tell whether weights travel at all."""
+    return aggregator is not None and aggregator.weights_travel
 
 
 def _positive(name: str, value: int) -> int:

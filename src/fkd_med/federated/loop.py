@@ -26,6 +26,7 @@ from fkd_med.federated.exchange import Exchange
 from fkd_med.federated.federation import Federation
 from fkd_med.federated.gathering import Gathering
 from fkd_med.federated.personal_state import show_personal
+from fkd_med.federated.server_distillation import distilled
 from fkd_med.modules import RunClock
 from fkd_med.seeding import global_seed
 
@@ -101,7 +102,7 @@ class FederatedLoop(_FitLoop):
         self.clients = self.data.client_names()
         self.sizes = {client: self.data.num_examples(client) for client in self.clients}
         self.states = ClientStates(trainer.run_dir.clients)
-        self.federation.begin(self.server, self.clients, int(self.max_epochs or 0))
+        self.federation.begin(self.server, self.clients, int(self.max_epochs or 0), self.data)
         self._restore()
         self.threads = self.federation.apply_threads()
         ledger = Ledger(trainer.run_dir.ledger if trainer.is_global_zero else None, self.federation.link)
@@ -111,6 +112,7 @@ class FederatedLoop(_FitLoop):
         self.exchange = Exchange(
             self._travelling(), self.federation.sections, ledger, trainer.run_dir.journal, trainer.is_global_zero,
             self.federation.uplink, self.federation.downlink, global_seed(), int(self.max_epochs or 1),
+            self.federation.logits,
         )  # fmt: skip
         self._worker = ClientWorker(
             module=self.server,
@@ -186,7 +188,8 @@ class FederatedLoop(_FitLoop):
         """Make the updates the next global student."""
         if self.federation.aggregator is None:
             return
-        state = self.federation.aggregator.aggregate(broadcast, self.exchange.updates(files, broadcast))
+        updates = self.exchange.updates(files, broadcast)
+        state = distilled(self._federated_trainer, self.federation.aggregator.aggregate(broadcast, updates), updates)
         self.server.load_state_dict({**self.server.state_dict(), **state})
         self.trainer.strategy.barrier("combined")  # before rank 0 may clear the journal that all ranks read
 

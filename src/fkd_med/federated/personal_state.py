@@ -32,12 +32,12 @@ def show_personal(
     personal = getattr(server, "personal", None)
     if personal is None:
         raise ConfigError(
-            f"This federation keeps a student, or parts of one, per client (aggregator: null, batch_norm or personal), "
+            f"This federation keeps a student, or parts of one, per client (aggregator, batch_norm or personal), "
             f"which {type(server).__name__} cannot hold: derive your module from fkd_med.modules.SegmentationModule."
         )
-    personal.keeps_best = federation.is_local  # else a client's own tensors belong to the global ones of the round
+    personal.keeps_best = federation.keeps_students  # else its own tensors belong to the global ones of the round
     personal.by_client |= {client: states.load(client).personal for client in clients}
-    if federation.policy.batch_norm == "recalibrate" and not federation.is_local:
+    if federation.policy.batch_norm == "recalibrate" and not federation.keeps_students:
         for client in data.client_names():
             own = personal.by_client.get(client, {})
             personal.by_client[client] = own | _statistics(server, data, client)

@@ -8,7 +8,7 @@ with the client.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -26,6 +26,12 @@ class ClientRule(L.Callback):
 
     sections: ClassVar[frozenset[str]] = frozenset()
     """The sections of an update that this rule supplies."""
+
+    def check(self, data: Any) -> None:
+        """Refuse, before any work, a data module that this rule cannot use (ConfigError)."""
+
+    def meet(self, data: Any, seed: int) -> None:
+        """Take the client's data module and the run's seed, before `begin`; most rules need neither."""
 
     def begin(self, broadcast: Broadcast, kept: State) -> None:
         """Take what the server sent, and what this client kept from its last round (empty at first)."""
