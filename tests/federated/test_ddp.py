@@ -25,7 +25,7 @@ import lightning as L
 from conftest import Hospitals, distilled, student, teacher_stage, trainer, weights
 from fkd_med.data import FederatedDataModule
 from fkd_med.aggregation import Scaffold
-from fkd_med.federated import FedProx, Federation, ScaffoldRule
+from fkd_med.federated import EnsembleTeachers, FedProx, Federation, ScaffoldRule
 from fkd_med.losses import HintMSE, LogitKL, Ramp
 
 rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -68,6 +68,8 @@ run("unseen", student(), trainer={{"limit_val_batches": 0}})
 stage = teacher_stage(f"{{root}}/teachers", epochs=1)
 run("taught", distilled(None, source=stage), rounds=1)
 run("again", distilled(None, source=teacher_stage(f"{{root}}/teachers", epochs=1)), rounds=1)
+shared = EnsembleTeachers(teacher_stage(f"{{root}}/teachers", epochs=1))
+run("ensemble", distilled(None, source=shared), rounds=1, share_teachers=True)
 run("trial", distilled(None, source=stage), trainer={{"fast_dev_run": True}})
 losses = {{"kd": LogitKL(), "hint": HintMSE(student_tap="1", teacher_tap="2")}}
 phantoms = FederatedDataModule(f"{{root}}/phantoms", image_size=16, batch_size=4, seed=3)
@@ -90,7 +92,7 @@ def test_two_processes_hold_one_model(tmp_path) -> None:
         [sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=environment, check=False
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
-    runs = "plain keep resumed alone scaffold prox unseen taught again trial cached fade"
+    runs = "plain keep resumed alone scaffold prox unseen taught again ensemble trial cached fade"
     for name in runs.split():
         one, other = (load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1))
         assert one.keys() == other.keys()
@@ -104,6 +106,10 @@ def test_two_processes_hold_one_model(tmp_path) -> None:
     notes = (tmp_path / "written-1").read_text().splitlines()
     assert [note for note in notes if not note.endswith(("run.py", "written-1"))] == []
     assert len((tmp_path / "written-0").read_text().splitlines()) > 20  # the spy sees what is written
+    shared = [line for line in (tmp_path / "ensemble" / "ledger.csv").read_text().splitlines() if ",teacher," in line]
+    assert len(shared) == 3 + 6  # up and down, by the first process alone
+    ensemble = load(tmp_path / "ensemble-0.pt")
+    assert any(not torch.equal(taught[key], ensemble[key]) for key in taught)
     for name in ("images.csv", "metrics.csv", "ledger.csv"):
         lines = (tmp_path / "plain" / name).read_text().splitlines()
         assert len(lines) == len(set(lines)) > 1, name  # nothing twice

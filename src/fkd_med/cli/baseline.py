@@ -45,7 +45,7 @@ def train_alone(trainer: FederatedTrainer, module: SegmentationModule, data: Any
 
 def _write_configuration(run: RunDir, federated: RunDir) -> None:
     config = yaml.safe_load(federated.config.read_text())
-    config["federation"]["init_args"] |= {"aggregator": None, "local_baseline": False}
+    config["federation"]["init_args"] |= {"aggregator": None, "local_baseline": False, "share_teachers": False}
     config["run_dir"] = str(run.path)
     atomic_write_text(run.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 

@@ -14,12 +14,13 @@ from fkd_med.communication.codecs import (
     TopK,
     specs,
 )
-from fkd_med.communication.ledger import Ledger, LedgerRow, counterfactual_bytes
+from fkd_med.communication.ledger import TEACHER, Ledger, LedgerRow, counterfactual_bytes
 from fkd_med.communication.messages import Broadcast, Extras, State, Update, check_client_name
 from fkd_med.communication.packing import Packed, Packing
 from fkd_med.communication.wire import decode, encode, section_bytes
 
 __all__ = [
+    "TEACHER",
     "AllowList",
     "BFloat16",
     "Broadcast",

@@ -21,11 +21,15 @@ from fkd_med.errors import RunError
 from fkd_med.files import append_text, atomic_write_text
 
 Direction: TypeAlias = Literal["up", "down"]
+TEACHER = "teacher"  # the section of teachers that partners share: whole messages, once, in round 0
 
 
 @dataclass(frozen=True)
 class LedgerRow:
-    """Bytes of one part (``header``, ``state``, ``extras:<section>``) of one message, and of all until then."""
+    """Bytes of one part (``header``, ``state``, ``extras:<section>``) of one message, and of all until then.
+
+    A shared teacher is one row, of round 0 and section ``teacher``, for each time it travelled.
+    """
 
     round: int
     client: str
@@ -110,9 +114,15 @@ class Ledger:
         return dict(sums)
 
     def mean_per_message(self, direction: Direction) -> float:
-        """Return the mean bytes that one client sends (``"up"``) or receives (``"down"``) in one round, 0 if none."""
-        sizes = [size for (_, _, way), size in self.per_message().items() if way == direction]
-        return sum(sizes) / len(sizes) if sizes else 0.0
+        """Return the mean bytes that one client sends (``"up"``) or receives (``"down"``) in one round, 0 if none.
+
+        Shared teachers belong to no round and are left out.
+        """
+        sizes: Counter[tuple[int, str]] = Counter()
+        for row in self.rows:
+            if row.direction == direction and row.section != TEACHER:
+                sizes[row.round, row.client] += row.bytes
+        return sum(sizes.values()) / len(sizes) if sizes else 0.0
 
 
 def counterfactual_bytes(state: Mapping[str, Tensor]) -> int:

@@ -54,7 +54,14 @@ class Traffic:
     down: float
 
 
-def traffic_table(sent: Traffic, instead: Sequence[Traffic], clients: int, rounds: int, total: float) -> Sheet:
+def traffic_table(
+    sent: Traffic,
+    instead: Sequence[Traffic],
+    clients: int,
+    rounds: int,
+    total: float,
+    teachers: tuple[float, float] = (0, 0),
+) -> Sheet:
     """Return what travelled beside what federating larger networks would have sent.
 
     Args:
@@ -62,7 +69,8 @@ def traffic_table(sent: Traffic, instead: Sequence[Traffic], clients: int, round
         instead: What the same rounds with other networks would have sent.
         clients: Clients per round, for the title.
         rounds: Rounds of the run, for the title.
-        total: All bytes of the run, as the ledger counted them.
+        total: All bytes of the rounds, as the ledger counted them.
+        teachers: All bytes up and down of teachers that partners shared, beside `total`.
     """
     names = ("federated", "parameters", "up", "down", "x parameters", "x bytes")
     columns = [Column(n, left=i == 0) for i, n in enumerate(names)]
@@ -81,6 +89,9 @@ def traffic_table(sent: Traffic, instead: Sequence[Traffic], clients: int, round
         f"{sent.name}: measured, {human_bytes(total)} in all over {rounds} {'round' if rounds == 1 else 'rounds'}. "
         "Other lines: what the same rounds would have sent."
     ]
+    if any(teachers):
+        up, down = map(human_bytes, teachers)
+        notes.append(f"Teachers, shared once before the first round: {up} up and {down} down in all; not in the table.")
     title = f"Bytes per client and round ({clients} {'client' if clients == 1 else 'clients'})"
     return Sheet(title, columns, rows, notes, frozenset({0}))
 

@@ -18,6 +18,7 @@ from fkd_med.federated.chaos import Chaos
 from fkd_med.federated.participation import Fraction, Participation
 from fkd_med.federated.policy import BatchNormPolicy, TensorPolicy
 from fkd_med.federated.rules import ClientRule, supplied
+from fkd_med.federated.sharing import check_consent
 
 
 class Federation:
@@ -43,6 +44,8 @@ class Federation:
         personal: name patterns (``network.head.*``) of further tensors that stay with each client.
         frozen: name patterns of tensors that are not trained and do not travel.
         optimizer_state: whether a client's optimizer starts afresh each round or keeps its moments.
+        share_teachers: the partners' consent that every client's teacher goes to all others, once, before the first
+            round; for a teacher source that shares them (EnsembleTeachers), and only with it.
         client_callbacks: Lightning callbacks for every client's Trainer (batches, gradients, optimizers).
         chaos: simulated trouble, for teaching and for tests; null for none.
         local_baseline: after the run, also train each client alone with the same budget, for the end table.
@@ -66,6 +69,7 @@ class Federation:
         personal: list[str] | None = None,
         frozen: list[str] | None = None,
         optimizer_state: Literal["reset", "keep"] = "reset",
+        share_teachers: bool = False,
         client_callbacks: list[Callback] | None = None,
         chaos: Chaos | None = None,
         local_baseline: bool = False,
@@ -93,6 +97,9 @@ class Federation:
         self.client_rules = client_rules or []
         self.policy = TensorPolicy(batch_norm, personal or [], frozen or [], everything_stays=aggregator is None)
         self.optimizer_state = optimizer_state
+        if share_teachers and aggregator is None:
+            raise ConfigError("federation.share_teachers: true, and with `aggregator: null` nothing travels: keep one.")
+        self.share_teachers = share_teachers
         self.client_callbacks = client_callbacks or []
         self.local_baseline = local_baseline
         self.threads = threads if threads is None else _positive("threads", threads)
@@ -128,6 +135,7 @@ class Federation:
             ConfigError: names the setting, the client or the tensor, and the remedy.
         """
         self.policy.check(student)
+        check_consent(self.share_teachers, self.is_local, student)
         self.participation.check(clients, rounds)
         if self.chaos is not None:
             self.chaos.check(clients)
@@ -147,7 +155,7 @@ class Federation:
     def alone(self) -> Federation:
         """Return the recipe with the same training and nobody to send to."""
         recipe = copy.copy(self)
-        recipe.aggregator, recipe.local_baseline, recipe.chaos = None, False, None
+        recipe.aggregator, recipe.local_baseline, recipe.chaos, recipe.share_teachers = None, False, None, False
         recipe.policy = TensorPolicy("average", [], self.policy.frozen, everything_stays=True)
         return recipe
 
