@@ -68,6 +68,7 @@ def test_federation_explains_every_key(capsys: pytest.CaptureFixture[str]) -> No
         "fraction": "share of the clients",
         "optimizer_state": "starts afresh each round",
         "client_callbacks": "Lightning callbacks",
+        "share_teachers": "the partners' consent",
         "local_baseline": "train each client alone",
         "threads": "CPU threads",
     }.items():

@@ -1,8 +1,8 @@
 """The run directory: what lies where, and who may write there.
 
 ``runs/<name>/{config.yaml, manifest.csv, journal/, checkpoints/, clients/<client>/, ledger.csv, absences.csv,
-images.csv, metrics.csv, pictures/, student.ckpt}``, with a marker ``.fkd-run`` that says it is ours and ``.fkd-lock``
-while a process works in it. Only rank 0 creates, locks and writes.
+images.csv, metrics.csv, pictures/, shared-teachers/, student.ckpt}``, with a marker ``.fkd-run`` that says it is ours
+and ``.fkd-lock`` while a process works in it. Only rank 0 creates, locks and writes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _LOCK = ".fkd-lock"
 _FOLDERS = ("journal", "checkpoints", "clients", "pictures")
 # Removed by --overwrite, in this order: once the first are gone, nobody can resume what is left of the old run.
 _OURS = ("checkpoints", "journal", "student.ckpt", "clients", "ledger.csv", "absences.csv", "images.csv",
-         "metrics.csv", "pictures", "report.md", "manifest.csv", "config.yaml", "wandb-id.txt")  # fmt: skip
+         "metrics.csv", "pictures", "shared-teachers", "report.md", "manifest.csv", "config.yaml",
+         "wandb-id.txt")  # fmt: skip
 _BASELINE = "local"  # the run inside a run in which every client trains alone
 
 
@@ -70,6 +71,11 @@ class RunDir:
     def clients(self) -> Path:
         """Folder with one folder per client."""
         return self.path / "clients"
+
+    @property
+    def shared_teachers(self) -> Path:
+        """Folder of the teachers that partners share, one message each, as it travelled."""
+        return self.path / "shared-teachers"
 
     @property
     def ledger(self) -> Path:

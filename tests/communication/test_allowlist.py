@@ -24,6 +24,18 @@ def test_the_students_tensors_pass_both_ways() -> None:
     allowed.check(an_update(extras={"scaffold": {"conv.weight": torch.ones(2, 3, 3, 3), "a": torch.tensor(0.5)}}))
 
 
+def test_a_shared_teacher_is_held_to_its_own_tensors() -> None:
+    allowed = AllowList(STUDENT, whose="teacher")
+    allowed.check(an_update())
+    for state, said in (
+        (STUDENT | {"image": torch.zeros(1)}, "'image', which is not the teacher's"),
+        (STUDENT | {"conv.weight": torch.zeros(2, 3, 3, 4)}, "where the teacher has"),
+        ({}, "does not send tensor 'bn.num_batches_tracked'"),
+    ):
+        with pytest.raises(TrainingError, match=rf"{said}.*Use the same teacher on all sides\."):
+            allowed.check(an_update(state=state))
+
+
 def test_finiteness_is_not_its_business() -> None:
     nan = {"conv.weight": torch.full((2, 3, 3, 3), float("nan"))}
     AllowList(STUDENT).check(an_update(state=STUDENT | nan, metrics={"loss": float("nan")}))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fkd_med.communication import Broadcast, Ledger, Link, Update, counterfactual_bytes, encode
+from fkd_med.communication import TEACHER, Broadcast, Ledger, Link, Update, counterfactual_bytes, encode
 from fkd_med.communication.wire import DTYPES
 from fkd_med.errors import ConfigError, RunError
 
@@ -32,6 +32,18 @@ def test_totals_by_round_client_direction_and_section() -> None:
     assert ledger.per_message()[2, "b, c", "up"] == 19
     assert ledger.mean_per_message("up") == (17 + 18 + 19) / 3
     assert Ledger().mean_per_message("down") == 0
+
+
+def test_shared_teachers_belong_to_no_round() -> None:
+    ledger, rounds = Ledger(), filled(None)
+    for way, size in (("up", 4000), ("down", 4000), ("down", 5000)):
+        ledger.record(0, "a", way, TEACHER, size)  # type: ignore[arg-type]
+    for row in rounds.rows:
+        ledger.record(row.round, row.client, "up" if row.direction == "up" else "down", row.section, row.bytes)
+    for way in ("up", "down"):
+        assert ledger.mean_per_message(way) == rounds.mean_per_message(way)  # type: ignore[arg-type]
+    assert ledger.total() == rounds.total() + 13_000
+    assert ledger.total(section=TEACHER, direction="down") == 9000
 
 
 def test_bytes_are_those_of_the_message(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from PIL import Image
 
 from fkd_med.errors import RunError
 from fkd_med.evaluation import ImageRow, ImageTable, compare
-from fkd_med.evaluation.history import read_bytes
+from fkd_med.evaluation.history import read_bytes, read_curve
+from fkd_med.evaluation.plots import plot_bytes
 
 CLIENTS = ("a", "b")
 
@@ -83,6 +84,21 @@ def test_files(tmp_path: Path) -> None:
     assert fkd is not None and local is not None and local.megabytes is None
     assert list(fkd.rounds) == [0, 1, 2] and list(fkd.megabytes or ()) == [2.0, 4.0, 6.0]
     assert list(fkd.mean) == pytest.approx([0.15, 0.35, 0.55]) and list(fkd.worst) == pytest.approx([0.1, 0.3, 0.5])
+
+
+def test_shared_teachers_stand_at_the_start_of_the_curve(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", "fkd", 0.0, rounds=4, bytes_per_message=250_000)
+    table = ImageTable.read(run / "images.csv")
+    rows = [row for row in table.of("val") if row.round > 0]
+    lines = (run / "ledger.csv").read_text().splitlines()
+    kept = [line for line in lines[1:] if not line.startswith("0,")]
+    teachers = ["0,a,up,teacher,7000000", "0,b,down,teacher,7000000"]
+    (run / "ledger.csv").write_text("\n".join([lines[0], *teachers, *kept]) + "\n")
+    curve = read_curve(rows, run / "ledger.csv")
+    assert curve is not None and list(curve.rounds) == [1, 2, 3]
+    assert list(curve.megabytes or ()) == [15.0, 16.0, 17.0]
+    plot_bytes({"ensemble": curve}, tmp_path / "bytes.png")
+    assert (tmp_path / "bytes.png").stat().st_size > 0
 
 
 def test_nothing_is_written_without_output(tmp_path: Path) -> None:

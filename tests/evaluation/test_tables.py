@@ -97,6 +97,14 @@ def test_traffic_table() -> None:
     assert "10 Mbit/s" in sheet.notes[1]
 
 
+def test_shared_teachers_have_a_line_of_their_own() -> None:
+    student = Traffic("student", 1_000, 4_100, 4_100, 0.00656)
+    plain = traffic_table(student, [], 3, 10, 246_000, "10 Mbit/s")
+    shared = traffic_table(student, [], 3, 10, 246_000, "10 Mbit/s", teachers=(3e6, 6e6))
+    assert shared.rows == plain.rows and list(shared.notes[:-1]) == list(plain.notes)
+    assert "once before the first round: 3.00 MB up and 6.00 MB down in all" in shared.notes[-1]
+
+
 def test_traffic_of_nothing() -> None:
     sheet = traffic_table(Traffic("student", 1, 0, 0, 0), [Traffic("ResUNet", 13, 5e4, 5e4, 1)], 3, 1, 0, "")
     assert sheet.rows[1][-1] == "–" and "1 round." in sheet.notes[0]

@@ -25,7 +25,7 @@ import lightning as L
 from conftest import Hospitals, adam, distilled, network, student, teacher_stage, trainer, weights
 from fkd_med.data import FederatedDataModule
 from fkd_med.aggregation import LogitConsensus, Scaffold
-from fkd_med.federated import FedDF, FedProx, Federation, PublicDigest, ScaffoldRule
+from fkd_med.federated import EnsembleTeachers, FedDF, FedProx, Federation, PublicDigest, ScaffoldRule
 from fkd_med.losses import HintMSE, LogitKL, Ramp
 from fkd_med.modules import MutualDistillationModule
 
@@ -73,6 +73,8 @@ run("unseen", student(), trainer={{"limit_val_batches": 0}})
 stage = teacher_stage(f"{{root}}/teachers", epochs=1)
 run("taught", distilled(None, source=stage), rounds=1)
 run("again", distilled(None, source=teacher_stage(f"{{root}}/teachers", epochs=1)), rounds=1)
+shared = EnsembleTeachers(teacher_stage(f"{{root}}/teachers", epochs=1))
+run("ensemble", distilled(None, source=shared), rounds=1, share_teachers=True)
 run("trial", distilled(None, source=stage), trainer={{"fast_dev_run": True}})
 losses = {{"kd": LogitKL(), "hint": HintMSE(student_tap="1", teacher_tap="2")}}
 phantoms = FederatedDataModule(f"{{root}}/phantoms", image_size=16, batch_size=4, seed=3)
@@ -110,8 +112,8 @@ def test_two_processes_hold_one_model(tmp_path) -> None:
         [sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=environment, check=False
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
-    runs = "plain keep resumed alone scaffold prox feddf fedmd unseen taught again trial cached fade mutual companions"
-    for name in runs.split():
+    runs = "plain keep resumed alone scaffold prox feddf fedmd unseen taught again ensemble trial cached fade mutual"
+    for name in [*runs.split(), "companions"]:
         one, other = (load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1))
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one), name
@@ -129,6 +131,10 @@ def test_two_processes_hold_one_model(tmp_path) -> None:
     notes = (tmp_path / "written-1").read_text().splitlines()
     assert [note for note in notes if not note.endswith(("run.py", "written-1"))] == []
     assert len((tmp_path / "written-0").read_text().splitlines()) > 20  # the spy sees what is written
+    shared = [line for line in (tmp_path / "ensemble" / "ledger.csv").read_text().splitlines() if ",teacher," in line]
+    assert len(shared) == 3 + 6  # up and down, by the first process alone
+    ensemble = load(tmp_path / "ensemble-0.pt")
+    assert any(not torch.equal(taught[key], ensemble[key]) for key in taught)
     for name in ("images.csv", "metrics.csv", "ledger.csv"):
         lines = (tmp_path / "plain" / name).read_text().splitlines()
         assert len(lines) == len(set(lines)) > 1, name  # nothing twice

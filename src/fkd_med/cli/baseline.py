@@ -45,7 +45,13 @@ def train_alone(trainer: FederatedTrainer, module: SegmentationModule, data: Any
 
 def _write_configuration(run: RunDir, federated: RunDir) -> None:
     config = yaml.safe_load(federated.config.read_text())
-    alone = {"aggregator": None, "local_baseline": False, "server_distillation": None, "share_logits": False}
+    alone = {
+        "aggregator": None,
+        "local_baseline": False,
+        "server_distillation": None,
+        "share_logits": False,
+        "share_teachers": False,
+    }
     config["federation"]["init_args"] |= alone
     config["run_dir"] = str(run.path)
     atomic_write_text(run.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))

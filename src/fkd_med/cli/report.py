@@ -13,7 +13,7 @@ from fkd_med.checkpoints import read_checkpoint, write_checkpoint
 from fkd_med.cli.baseline import train_alone
 from fkd_med.cli.best_weights import best_checkpoint
 from fkd_med.cli.showcase import Predictor, module_predictor, sample, teacher_predictor
-from fkd_med.communication import Ledger, counterfactual_bytes
+from fkd_med.communication import TEACHER, Ledger, counterfactual_bytes
 from fkd_med.evaluation import (
     ImageRow,
     ImageTable,
@@ -194,7 +194,7 @@ class Report:
         sent = traffic(what, model.network, ledger.mean_per_message("up"), ledger.mean_per_message("down"))
         instead: list[tuple[str, nn.Module]] = []
         source = model.teacher_source if isinstance(model, DistillationModule) else None
-        teacher = getattr(getattr(source, "module", None), "network", None)
+        teacher = source.architecture() if source is not None else None
         if teacher is not None:
             instead.append((f"this teacher ({type(teacher).__name__})", teacher))
         shape = {"in_channels": info["in_channels"], "classes": info["classes"]}
@@ -205,7 +205,9 @@ class Report:
             size = counterfactual_bytes(network.state_dict())
             lines.append(traffic(name, network, size, size))
         rounds = max((row.round for row in ledger.rows), default=0)
-        return traffic_table(sent, lines, len(clients), rounds, ledger.total(), link.describe())
+        shared = ledger.total(section=TEACHER, direction="up"), ledger.total(section=TEACHER, direction="down")
+        total = ledger.total() - sum(shared)
+        return traffic_table(sent, lines, len(clients), rounds, total, link.describe(), shared)
 
     def _write_pictures(self, rows: list[ImageRow], classes: int) -> None:
         """Show the worst, median and best test image of each hospital."""

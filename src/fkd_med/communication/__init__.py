@@ -14,7 +14,7 @@ from fkd_med.communication.codecs import (
     TopK,
     specs,
 )
-from fkd_med.communication.ledger import Ledger, LedgerRow, counterfactual_bytes
+from fkd_med.communication.ledger import TEACHER, Ledger, LedgerRow, counterfactual_bytes
 from fkd_med.communication.link import Link, Rates
 from fkd_med.communication.messages import Broadcast, Extras, State, Update, check_client_name
 from fkd_med.communication.packing import Packed, Packing
@@ -22,6 +22,7 @@ from fkd_med.communication.wire import decode, encode, section_bytes
 
 __all__ = [
     "PUBLIC_LOGITS",
+    "TEACHER",
     "AllowList",
     "BFloat16",
     "Broadcast",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -53,6 +54,7 @@ class AllowList:
         state: the student's state as it travels; only names, shapes and dtypes are kept (meta tensors will do).
         sections: names of the extras that the configured rules declare.
         logits: what logits on public images look like; None without consent to share them.
+        whose: what the state is of, for errors; a teacher's where partners share theirs.
     """
 
     def __init__(
@@ -60,10 +62,12 @@ class AllowList:
         state: Mapping[str, Tensor],
         sections: Collection[str] = frozenset(),
         logits: PublicLogits | None = None,
+        whose: Literal["student", "teacher"] = "student",
     ) -> None:
         self.logits = logits
         self.specs: dict[str, tuple[torch.Size, torch.dtype]] = {n: (t.shape, t.dtype) for n, t in state.items()}
         self.sections = frozenset(sections)
+        self.whose = whose
 
     def check(self, message: Broadcast | Update) -> None:
         """Refuse `message` unless everything in it is allowed; whether values are finite is not its business.
@@ -87,24 +91,22 @@ class AllowList:
             _check_metrics(message.metrics, owner)
 
     def _check_state(self, state: State, owner: str) -> None:
+        remedy = f"Use the same {self.whose} on all sides"
         for name, tensor in state.items():
             if name not in self.specs:
                 raise TrainingError(
-                    f"{owner} sends tensor {shown(name)}, which is not the student's: nothing else may travel. "
-                    "Use the same student on all sides, and keep the teacher out of its state_dict."
+                    f"{owner} sends tensor {shown(name)}, which is not the {self.whose}'s: nothing else may travel. "
+                    f"{remedy}{', and keep the teacher out of its state_dict' if self.whose == 'student' else ''}."
                 )
             shape, dtype = self.specs[name]
             if tensor.shape != shape or tensor.dtype != dtype:
                 raise TrainingError(
-                    f"{owner} sends tensor '{name}' as {tensor.dtype} {tuple(tensor.shape)} where the student has "
-                    f"{dtype} {tuple(shape)}. Use the same student on all sides."
+                    f"{owner} sends tensor '{name}' as {tensor.dtype} {tuple(tensor.shape)} where the {self.whose} "
+                    f"has {dtype} {tuple(shape)}. {remedy}."
                 )
         missing = sorted(self.specs.keys() - state.keys())
         if missing:
-            raise TrainingError(
-                f"{owner} does not send tensor '{missing[0]}' ({len(missing)} missing). "
-                "Use the same student on all sides."
-            )
+            raise TrainingError(f"{owner} does not send tensor '{missing[0]}' ({len(missing)} missing). {remedy}.")
 
     def _check_extra(self, section: str, name: str, tensor: Tensor, owner: str) -> None:
         if section == PUBLIC_LOGITS:

@@ -21,12 +21,15 @@ from fkd_med.communication.wire import broadcast_size, section_bytes
 from fkd_med.errors import RunError
 from fkd_med.files import append_text, atomic_write_text
 
+TEACHER = "teacher"  # the section of teachers that partners share: whole messages, once, in round 0
+
 
 @dataclass(frozen=True)
 class LedgerRow:
     """Bytes of one part (``header``, ``state``, ``extras:<section>``) of one message, and of all until then.
 
     `seconds` is what the part takes on its client's link; it is 0 where no link is stated.
+    A shared teacher is one row, of round 0 and section ``teacher``, for each time it travelled.
     """
 
     round: int
@@ -116,9 +119,15 @@ class Ledger:
         return dict(sums)
 
     def mean_per_message(self, direction: Direction) -> float:
-        """Return the mean bytes that one client sends (``"up"``) or receives (``"down"``) in one round, 0 if none."""
-        sizes = [size for (_, _, way), size in self.per_message().items() if way == direction]
-        return sum(sizes) / len(sizes) if sizes else 0.0
+        """Return the mean bytes that one client sends (``"up"``) or receives (``"down"``) in one round, 0 if none.
+
+        Shared teachers belong to no round and are left out.
+        """
+        sizes: Counter[tuple[int, str]] = Counter()
+        for row in self.rows:
+            if row.direction == direction and row.section != TEACHER:
+                sizes[row.round, row.client] += row.bytes
+        return sum(sizes.values()) / len(sizes) if sizes else 0.0
 
     def seconds(self, round: int) -> float:
         """Return what a round's messages take: down and up one after the other, the clients side by side."""

@@ -57,7 +57,13 @@ class Traffic:
 
 
 def traffic_table(
-    sent: Traffic, instead: Sequence[Traffic], clients: int, rounds: int, total: float, link: str
+    sent: Traffic,
+    instead: Sequence[Traffic],
+    clients: int,
+    rounds: int,
+    total: float,
+    link: str,
+    teachers: tuple[float, float] = (0, 0),
 ) -> Sheet:
     """Return what travelled beside what federating larger networks would have sent.
 
@@ -66,8 +72,9 @@ def traffic_table(
         instead: What the same rounds with other networks would have sent.
         clients: Clients per round, for the title.
         rounds: Rounds of the run, for the title.
-        total: All bytes of the run, as the ledger counted them.
+        total: All bytes of the rounds, as the ledger counted them.
         link: The speed of the clients' links, in words.
+        teachers: All bytes up and down of teachers that partners shared, beside `total`.
     """
     names = ("federated", "parameters", "up", "down", "seconds", "x parameters", "x bytes")
     columns = [Column(n, left=i == 0) for i, n in enumerate(names)]
@@ -88,6 +95,9 @@ def traffic_table(
         "Other lines: what the same rounds would have sent.",
         f"seconds: down and up on a link of {link} (federation.uplink_mbps), as stated, not measured.",
     ]
+    if any(teachers):
+        up, down = map(human_bytes, teachers)
+        notes.append(f"Teachers, shared once before the first round: {up} up and {down} down in all; not in the table.")
     title = f"Bytes per client and round ({clients} {'client' if clients == 1 else 'clients'})"
     return Sheet(title, columns, rows, notes, frozenset({0}))
 

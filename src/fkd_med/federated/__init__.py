@@ -3,6 +3,7 @@
 from fkd_med.federated.chaos import Chaos
 from fkd_med.federated.client import ClientWorker
 from fkd_med.federated.client_data import ClientData
+from fkd_med.federated.ensemble import EnsembleStage, EnsembleTeachers
 from fkd_med.federated.feddf import FedDF
 from fkd_med.federated.federation import Federation
 from fkd_med.federated.participation import Availability, ByWeight, Fraction, Number, Participation, RoundRobin
@@ -19,6 +20,8 @@ __all__ = [
     "ClientData",
     "ClientRule",
     "ClientWorker",
+    "EnsembleStage",
+    "EnsembleTeachers",
     "FedDF",
     "FedNovaRule",
     "FedProx",

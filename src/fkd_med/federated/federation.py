@@ -21,6 +21,7 @@ from fkd_med.federated.policy import BatchNormPolicy, TensorPolicy
 from fkd_med.federated.public_digest import shared_logits
 from fkd_med.federated.rules import ClientRule, supplied
 from fkd_med.federated.server_distillation import ServerDistillation
+from fkd_med.federated.sharing import check_consent
 
 
 class Federation:
@@ -53,6 +54,8 @@ class Federation:
         personal: name patterns (``network.head.*``) of further tensors that stay with each client.
         frozen: name patterns of tensors that are not trained and do not travel.
         optimizer_state: whether a client's optimizer starts afresh each round or keeps its moments.
+        share_teachers: the partners' consent that every client's teacher goes to all others, once, before the first
+            round; for a teacher source that shares them (EnsembleTeachers), and only with it.
         client_callbacks: Lightning callbacks for every client's Trainer (batches, gradients, optimizers).
         chaos: simulated trouble, for teaching and for tests; null for none.
         local_baseline: after the run, also train each client alone with the same budget, for the end table.
@@ -80,6 +83,7 @@ class Federation:
         personal: list[str] | None = None,
         frozen: list[str] | None = None,
         optimizer_state: Literal["reset", "keep"] = "reset",
+        share_teachers: bool = False,
         client_callbacks: list[Callback] | None = None,
         chaos: Chaos | None = None,
         local_baseline: bool = False,
@@ -111,6 +115,9 @@ class Federation:
         self.logits: PublicLogits | None = None
         """What logits on public images look like; known once a run begins that shares them."""
         self.optimizer_state = optimizer_state
+        if share_teachers and aggregator is None:
+            raise ConfigError("federation.share_teachers: true, and with `aggregator: null` nothing travels: keep one.")
+        self.share_teachers = share_teachers
         self.client_callbacks = client_callbacks or []
         self.local_baseline = local_baseline
         self.threads = threads if threads is None else _positive("threads", threads)
@@ -167,6 +174,7 @@ class Federation:
             ConfigError: names the setting, the client or the tensor, and the remedy.
         """
         self.policy.check(student)
+        check_consent(self.share_teachers, self.is_local, student)
         self.participation.check(clients, rounds)
         self.link.check(clients)
         if self.chaos is not None:
@@ -199,7 +207,7 @@ class Federation:
         """Return the recipe with the same training and nobody to send to."""
         recipe = copy.copy(self)
         recipe.aggregator, recipe.local_baseline, recipe.chaos = None, False, None
-        recipe.server_distillation, recipe.share_logits = None, False
+        recipe.server_distillation, recipe.share_logits, recipe.share_teachers = None, False, False
         recipe.policy = TensorPolicy("average", [], self.policy.frozen, everything_stays=True)
         return recipe
 

@@ -106,7 +106,7 @@ class FederatedLoop(_FitLoop):
         self._restore()
         self.threads = self.federation.apply_threads()
         ledger = Ledger(trainer.run_dir.ledger if trainer.is_global_zero else None, self.federation.link)
-        ledger.drop_after(self.round - 1)
+        ledger.drop_after(self.round - 1 or -1)  # before the first closed round, what is of round 0 is another run's
         absences = Absences(trainer.run_dir.absences if trainer.is_global_zero else None)
         absences.drop_after(self.round - 1)
         self.exchange = Exchange(
@@ -127,7 +127,7 @@ class FederatedLoop(_FitLoop):
         self.gathering = Gathering(
             self.federation, self._worker, self.exchange, absences, trainer.reporter, trainer.world_size == 1
         )
-        trainer.ensure_teachers(self.clients)
+        trainer.ensure_teachers(self.clients, ledger)
         self._combined_loader = CombinedLoader([])
         self.max_batches = self.trainer.val_check_batch = len(self._choose(1))
         left = range(self.round, int(self.max_epochs or 0) + 1)

@@ -77,8 +77,11 @@ def _configuration(module: SegmentationModule) -> Any:
     Lightning keeps with a module inside another one the configuration of the outer one.
     """
     outer = module.hparams.get("teacher")
-    arguments = outer.get("init_args") if isinstance(outer, Mapping) else None
-    return arguments.get("module") if isinstance(arguments, Mapping) else None
+    while isinstance(outer, Mapping) and isinstance(arguments := outer.get("init_args"), Mapping):
+        if "module" in arguments:
+            return arguments["module"]
+        outer = arguments.get("teachers")  # an ensemble's
+    return None
 
 
 def _plain_attributes(thing: Any) -> dict[str, str]:

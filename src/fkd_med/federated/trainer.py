@@ -12,6 +12,7 @@ import lightning as L
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 
 from fkd_med.checkpoints import LastCheckpoint, SafeCheckpointIO, read_checkpoint
+from fkd_med.communication import Ledger
 from fkd_med.distillation import TeacherMaps, sample_image
 from fkd_med.errors import ConfigError
 from fkd_med.federated.federation import Federation
@@ -19,6 +20,7 @@ from fkd_med.federated.inner import as_list, inner_flags
 from fkd_med.federated.loop import FederatedLoop
 from fkd_med.federated.progress import Reporter
 from fkd_med.federated.quiet import quiet
+from fkd_med.federated.sharing import TeacherExchange, check_consent
 from fkd_med.modules import DistillationModule, TeacherSource
 from fkd_med.modules.teacher_cache import Surroundings, ensure_maps
 from fkd_med.rundir import RunDir
@@ -118,6 +120,7 @@ class FederatedTrainer(L.Trainer):
         if not isinstance(model, DistillationModule) or model.teacher_source is None:
             raise ConfigError("This configuration has no teachers: model must be a DistillationModule with a teacher.")
         if self.federation is not None:
+            check_consent(self.federation.share_teachers, self.federation.is_local, model)
             clients: list[str | None] = list(datamodule.client_names())
         else:
             clients = [getattr(datamodule, "client", None)]
@@ -130,19 +133,31 @@ class FederatedTrainer(L.Trainer):
             return "local-only" if self.federation.is_local else "federated"
         return f"{client} only" if client else "pooled"
 
-    def ensure_teachers(self, clients: list[str]) -> None:
-        """Train the teachers that the module distils from and that do not exist yet."""
+    def ensure_teachers(self, clients: list[str], ledger: Ledger) -> None:
+        """Train the teachers that the module distils from and that do not exist yet; share them if it is agreed.
+
+        Args:
+            clients: all clients of the federation.
+            ledger: where the bytes of shared teachers are counted.
+        """
         module = self.lightning_module
-        source = getattr(module, "teacher_source", None)
         if not isinstance(module, DistillationModule) or not module.active_losses:
             return
-        if source is None:
+        if module.teacher_source is None:
             raise ConfigError("Distillation needs a teacher for each client: give model.teacher.")
         self._ensure(module, self.datamodule, list(clients))
+        source = module.teacher_source
+        if source.shares:
+            folder, barrier = self.run_dir.shared_teachers, self.strategy.barrier
+            exchange = TeacherExchange(source.architecture(), folder, ledger, self.is_global_zero, barrier)
+            source.share(clients, exchange)
+            self.reporter.line(f"teachers of {len(clients)} clients shared with all others: {exchange.summary()}")
         if module.teacher_cache != "off":
             self._ensure_maps(module, source, clients)
 
     def _ensure(self, module: DistillationModule, data: Any, clients: list[str | None]) -> None:
+        if self.federation is not None and self.federation.is_local:
+            module.learn_alone()
         source = module.teacher_source
         assert source is not None
         module.check_teachers(clients)
@@ -167,8 +182,9 @@ class FederatedTrainer(L.Trainer):
         self.reporter.end()
 
     def teacher_options(self) -> dict[str, Any]:
-        """Return how teachers are trained in this run: flags, progress, and where their curves go."""
-        return {"flags": self.inner_flags, "reporter": self.reporter, "log": self._log_teacher}
+        """Return how teachers are trained in this run: flags, progress, where their curves go, whether federated."""
+        around = {"flags": self.inner_flags, "reporter": self.reporter, "log": self._log_teacher}
+        return around | {"federated": self.federation is not None}
 
     def teachers_after(self, module: DistillationModule) -> TeacherSource | None:
         """Return the teachers of a fit that is over, as they now are."""

@@ -68,6 +68,8 @@ class DistillationModule(SegmentationModule):
         self.teacher_cache = teacher_cache or "off"
         check_losses(self.losses, supervised_weight)
         check_taps_are_cached(self.losses, self.teacher_cache)
+        if teacher is not None:
+            teacher.check_taps(self.teacher_taps)
 
     # --- what is distilled, and from whom -----------------------------------------------------------------------
 
@@ -98,6 +100,11 @@ class DistillationModule(SegmentationModule):
     def teacher(self) -> nn.Module | None:
         """The frozen teacher of the moment: outside the state dict, the optimizer and every checkpoint."""
         return self._teaching.network
+
+    def learn_alone(self) -> None:
+        """Learn without partners from now on: where nothing travels, no teacher is shared."""
+        if self._teaching.source is not None:
+            self._teaching.source = self._teaching.source.alone()
 
     def attach_teacher(self, teacher: nn.Module | None) -> None:
         """Take a teacher to learn from; it is frozen. ``None`` lets go of the last one."""

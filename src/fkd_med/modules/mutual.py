@@ -49,7 +49,8 @@ class MutualDistillationModule(DistillationModule):
         teacher_lr: the teacher's learning rate; that of the optimizer when left out.
 
     Raises:
-        ConfigError: a term that means nothing the other way round: of logits and features, or a connector for logits.
+        ConfigError: a term that means nothing the other way round: of logits and features, or a connector for logits;
+            teachers that partners share.
     """
 
     def __init__(
@@ -66,6 +67,11 @@ class MutualDistillationModule(DistillationModule):
         losses = losses if losses is not None else {"logit_kl": LogitKL(temperature=1.0)}
         super().__init__(network, teacher, losses, 1.0, loss, optimizer, scheduler, scheduler_interval, "off")
         check_mutual(self.losses, teacher_lr)
+        if teacher is not None and teacher.shares:
+            raise ConfigError(
+                f"Mutual distillation trains each client's own teacher on, and {type(teacher).__name__} gives all the "
+                "same ensemble: use fkd_med.federated.TeacherStage."
+            )
         self.teacher_lr = teacher_lr
         self._teacher_taps: Taps | None = None
 

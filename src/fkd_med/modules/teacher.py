@@ -18,6 +18,9 @@ from fkd_med.errors import ConfigError
 class TeacherSource(ABC):
     """Where a client's teacher comes from."""
 
+    shares: bool = False
+    """Whether clients learn from one another's teachers, which for that travel once (`share`)."""
+
     @abstractmethod
     def ensure(self, client: str | None, data: Any, **options: Any) -> Path:
         """Return the checkpoint of the client's teacher, training it first if there is none.
@@ -25,7 +28,8 @@ class TeacherSource(ABC):
         Args:
             client: the client's name; ``None`` is the pool of all clients.
             data: the client data the teacher trains on.
-            options: how to train: the trainer flags and the reporter of the run.
+            options: how to train: the trainer flags and the reporter of the run, and whether the client is one of a
+                federation (``federated``).
         """
 
     def check_names(self, clients: list[str]) -> None:  # noqa: B027 - most sources name nobody
@@ -33,6 +37,16 @@ class TeacherSource(ABC):
 
     def check_trained(self, clients: Sequence[str | None]) -> None:  # noqa: B027 - most sources give trained ones
         """Refuse to give teachers that know nothing to a student that only copies them; called before any training."""
+
+    def check_taps(self, taps: list[str]) -> None:  # noqa: B027 - most sources hand out networks with features
+        """Refuse taps of the teacher, beside its logits, that it cannot have; called when a module is built."""
+
+    def share(self, clients: list[str], exchange: Any) -> None:  # noqa: B027 - most teachers stay where they are
+        """Let every client's teacher travel to its partners, if the source `shares`; after `ensure` of all clients."""
+
+    def alone(self) -> TeacherSource:
+        """Return what a client learns from where nothing travels."""
+        return self
 
     @abstractmethod
     def load(self, client: str | None) -> nn.Module:
