@@ -12,7 +12,6 @@ from fkd_med.aggregation.krum import Krum, MultiKrum
 from fkd_med.aggregation.scaffold import Scaffold
 from fkd_med.aggregation.server_optimizer import ServerOptimizer
 from fkd_med.aggregation.state import (
-    WeightedMean,
     add,
     assert_finite,
     assert_same_structure,
@@ -24,6 +23,7 @@ from fkd_med.aggregation.state import (
     subtract,
 )
 from fkd_med.aggregation.trimmed_mean import TrimmedMean
+from fkd_med.aggregation.weighted_mean import WeightedMean
 
 __all__ = [
     "Aggregator",

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 
 import torch
 
-from fkd_med.aggregation.aggregator import Aggregator, checked, next_state
+from fkd_med.aggregation.aggregator import Aggregator, checked, next_state, owner_of
 from fkd_med.aggregation.sections import section_of
-from fkd_med.aggregation.state import WeightedMean, parameter_names
+from fkd_med.aggregation.state import parameter_names
+from fkd_med.aggregation.weighted_mean import WeightedMean
 from fkd_med.communication import Broadcast, State, Update
 from fkd_med.errors import TrainingError
 
@@ -31,10 +32,10 @@ class FedNova(Aggregator):
         # sum_i p_i d_i is a mean as well, with weights n_i / |a_i|_1, up to one factor.
         mean, measured = WeightedMean(), WeightedMean()
         examples, steps = 0, 0.0
-        for update in checked(broadcast, updates):
-            a_norm = _a_norm(update)
-            mean.add({name: update.state[name] for name in names}, update.num_examples / a_norm)
-            measured.add({name: update.state[name] for name in others}, update.num_examples)
+        for update in checked(broadcast, updates, finite=False):
+            owner, a_norm = owner_of(update), _a_norm(update)
+            mean.add({name: update.state[name] for name in names}, update.num_examples / a_norm, owner)
+            measured.add({name: update.state[name] for name in others}, update.num_examples, owner)
             examples += update.num_examples
             steps += update.num_examples * a_norm
         factor = (steps / examples) * (mean.weight / examples)

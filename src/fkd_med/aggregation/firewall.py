@@ -10,10 +10,9 @@ import statistics
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from fkd_med.aggregation.state import delta_norm, parameter_names
+from fkd_med.aggregation.state import delta_norm, is_finite, parameter_names
 from fkd_med.communication import Broadcast, State, Update
 from fkd_med.communication.header import shown
 from fkd_med.errors import ConfigError
@@ -147,7 +146,7 @@ def _differences(state: State, expected: State) -> Iterator[tuple[str, str]]:
 def _bad_values(tensors: State, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Yield tensors that hold NaN or infinity, and negative variances."""
     for name, tensor in sorted(tensors.items()):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             yield prefix + name, "holds NaN or infinity"
         elif not prefix and name.endswith("running_var") and bool((tensor < 0).any()):
             yield prefix + name, "is a variance and holds negative values"
