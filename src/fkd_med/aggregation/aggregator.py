@@ -48,6 +48,15 @@ class Aggregator(ABC):
             TrainingError: there is no update, or one that cannot be combined; names the client and the tensor.
         """
 
+    def faults_of_extras(self, broadcast: Broadcast, update: Update) -> Iterator[tuple[str, str]]:
+        """Yield what is wrong with the sections of an update, for the firewall: (``section/tensor``, reason).
+
+        Args:
+            broadcast: what the client started from.
+            update: what it sent; its `required_sections` are there and hold neither NaN nor infinity.
+        """
+        yield from ()
+
     def state_dict(self) -> dict[str, Any]:
         """Return what must survive a restart: plain containers and tensors, nothing for a rule without `memory`."""
         if not self.memory:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from fkd_med.aggregation.aggregator import Aggregator, checked, next_state, owner_of
-from fkd_med.aggregation.sections import section_of
+from fkd_med.aggregation.sections import section_faults, section_of
 from fkd_med.aggregation.settings import check_positive
 from fkd_med.aggregation.state import parameter_names
 from fkd_med.aggregation.weighted_mean import WeightedMean
@@ -54,6 +54,12 @@ class Scaffold(Aggregator):
     def broadcast_extras(self) -> Extras:
         """Return the control variate as section ``scaffold``, in float32; nothing while it is zero."""
         return {"scaffold": {name: tensor.float() for name, tensor in self.control.items()}} if self.control else {}
+
+    def faults_of_extras(self, broadcast: Broadcast, update: Update) -> Iterator[tuple[str, str]]:
+        """Yield tensors of ``scaffold`` that are not named and shaped as the student's parameters."""
+        like = {name: broadcast.state[name] for name in parameter_names(broadcast.state)}
+        for name, reason in section_faults(update.extras["scaffold"], like):
+            yield f"scaffold/{name}", reason
 
     def aggregate(self, broadcast: Broadcast, updates: Iterable[Update]) -> State:
         """Return the next state and move the control variate; see `Aggregator.aggregate`."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from fkd_med.aggregation import Aggregator, FedAvg, Firewall
 from fkd_med.communication import Packing
-from fkd_med.errors import ConfigError
+from fkd_med.errors import ConfigError, RunError
 from fkd_med.federated.chaos import Chaos
 from fkd_med.federated.participation import Fraction, Participation
 from fkd_med.federated.policy import BatchNormPolicy, TensorPolicy
@@ -103,7 +103,7 @@ class Federation:
         if self.aggregator is None:
             return  # alone, rules change the training and nothing is sent
         missing = sorted(self.aggregator.required_sections - supplied(self.client_rules))
-        name = type(self.aggregator).__name__.removeprefix("LazyInstance_")
+        name = self.aggregator_name
         if missing:
             raise ConfigError(
                 f"{name} needs the section '{missing[0]}' from every client: add the client rule that supplies it to "
@@ -133,6 +133,26 @@ class Federation:
             self.chaos.check(clients)
         if self.aggregator is not None:
             self.aggregator.begin(len(clients))
+
+    @property
+    def aggregator_name(self) -> str:
+        """The aggregator's class, or ``null``; where it is a default that jsonargparse made late, of what it stands for."""
+        return "null" if self.aggregator is None else type(self.aggregator).__name__.removeprefix("LazyInstance_")
+
+    def check_aggregator(self, stored: str) -> None:
+        """Refuse to go on with another aggregator than a checkpoint's, even one that remembers nothing.
+
+        Args:
+            stored: `aggregator_name` of the run that wrote the checkpoint.
+
+        Raises:
+            RunError: names both, and the remedy.
+        """
+        if stored != self.aggregator_name:
+            raise RunError(
+                f"This run was started with federation.aggregator {stored} and would go on with "
+                f"{self.aggregator_name}: set it back to {stored}, or start a run of its own with --run_dir."
+            )
 
     @property
     def is_local(self) -> bool:

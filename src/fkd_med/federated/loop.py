@@ -250,6 +250,7 @@ class FederatedLoop(_FitLoop):
         aggregator = self.federation.aggregator
         state["federation"] = {
             "round": int(self.epoch_loop.global_step),
+            "aggregator_name": self.federation.aggregator_name,
             "aggregator": copy.deepcopy(aggregator.state_dict()) if aggregator else {},
             "client_states": dict(self.states.versions),
             "seed": global_seed(),
@@ -286,6 +287,7 @@ class FederatedLoop(_FitLoop):
                 f"This run was started with seed {stored['seed']} and would go on with {global_seed()}: "
                 f"give --seed_everything {stored['seed']}."
             )
+        self.federation.check_aggregator(stored.get("aggregator_name", self.federation.aggregator_name))
         if self.federation.aggregator is not None:
             self.federation.aggregator.load_state_dict(stored["aggregator"])
         self.states.versions = {str(client): int(round) for client, round in stored["client_states"].items()}
