@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fkd_med.aggregation import FedAvg
+from fkd_med.aggregation import FedAvg, Scaffold
 from fkd_med.aggregation.firewall import Firewall, Quarantine, change_norm
 from fkd_med.communication import Broadcast, State, Update
 from fkd_med.errors import ConfigError
@@ -122,7 +122,7 @@ def test_what_a_stranger_writes_is_harmless_on_a_terminal() -> None:
     ({"scaffold": {"0.bias": torch.zeros(4)}, "x": {"a_norm": torch.tensor(math.inf)}}, "x/a_norm", "infinity"),
 ])  # fmt: skip
 def test_sections_must_be_there_and_finite(extras: Any, tensor: str, reason: str) -> None:
-    found = Firewall().inspect(BROADCAST, an_update(extras=extras), {"scaffold"})
+    found = Firewall().inspect(BROADCAST, an_update(extras=extras), Scaffold())
     assert found is not None
     assert found.tensor == tensor
     assert reason in found.reason
@@ -130,7 +130,7 @@ def test_sections_must_be_there_and_finite(extras: Any, tensor: str, reason: str
 
 def test_sections_may_hold_negative_variances_and_integers() -> None:
     extras = {"scaffold": {"1.running_var": -torch.ones(4), "n": torch.tensor(3)}}  # a difference may be negative
-    assert Firewall().inspect(BROADCAST, an_update(extras=extras), {"scaffold"}) is None
+    assert Firewall().inspect(BROADCAST, an_update(extras=extras)) is None
 
 
 def test_the_norm_is_that_of_the_floating_parameters() -> None:

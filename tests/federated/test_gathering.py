@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from fkd_med.aggregation import CoordinateMedian, MultiKrum
+from fkd_med.aggregation import CoordinateMedian, FedNova, MultiKrum
 from fkd_med.aggregation.firewall import Firewall
 from fkd_med.errors import ConfigError, TrainingError
-from fkd_med.federated import Chaos, Federation, Number
+from fkd_med.federated import Chaos, Federation, FedNovaRule, Number
 from fkd_med.federated.absences import Absence, Absences
 
 
@@ -37,6 +37,21 @@ def test_a_liar_is_set_aside_and_the_round_goes_on(fed, tmp_path, lie) -> None:
     honest, _ = run(fed, tmp_path / "honest", chaos=Chaos(dropout=0.0), quorum=0.5)
     assert not fed.same(fed.weights(lied), fed.weights(honest))  # b had no part
     assert set(trainer.fit_loop.states.versions) <= {"a", "c"}
+
+
+def test_a_lie_in_a_section_is_set_aside_too(fed, tmp_path) -> None:
+    class Boast(FedNovaRule):
+        def begin(self, broadcast: Any, kept: Any) -> None:
+            super().begin(broadcast, kept)
+            self.lies = broadcast.round == 2
+
+        def end(self, trained: Any) -> Any:
+            sections, kept = super().end(trained)
+            return ({"fednova": {"a_norm": torch.tensor(1e30)}} if self.lies else sections), kept
+
+    with pytest.raises(TrainingError, match=r"Round 2: 0 of 3 .* a .*tensor fednova/a_norm is 1e\+30, and 2 steps"):
+        run(fed, tmp_path, aggregator=FedNova(), client_rules=[Boast()], module=fed.student(optimizer=fed.sgd))
+    assert absences(tmp_path) == [("2", client, "quarantined") for client in "abc"]
 
 
 def test_without_firewall_and_with_a_plain_mean_one_liar_ruins_the_model(fed, tmp_path) -> None:

@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 
+from fkd_med.aggregation import CoordinateMedian, FedAvg, FedAvgM, TrimmedMean
 from fkd_med.errors import ConfigError, RunError
 from fkd_med.federated import Federation
 
@@ -200,6 +201,27 @@ def test_other_seed_threads_or_kind_of_run_are_refused(fed, tmp_path, monkeypatc
     plain.save_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
     with pytest.raises(RunError, match="without federation"):
         fit(fed, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(("before", "after", "names"), [
+    (FedAvg, CoordinateMedian, ("FedAvg", "CoordinateMedian")),
+    (TrimmedMean, FedAvgM, ("TrimmedMean", "FedAvgM")),
+    (FedAvgM, FedAvg, ("FedAvgM", "FedAvg")),
+    (FedAvg, lambda: None, ("FedAvg", "null")),
+    (lambda: None, FedAvg, ("null", "FedAvg")),
+])  # fmt: skip
+def test_another_aggregator_is_refused_before_training(fed, tmp_path, before, after, names) -> None:
+    fit(fed, tmp_path, recipe={"aggregator": before(), "rounds": 1})
+    saved = (tmp_path / "checkpoints" / "last.ckpt").read_bytes()
+    with pytest.raises(RunError, match=rf"aggregator {names[0]} and would go on with {names[1]}: set it back to"):
+        fit(fed, tmp_path, resume=True, recipe={"aggregator": after()})
+    assert (tmp_path / "checkpoints" / "last.ckpt").read_bytes() == saved
+    fit(fed, tmp_path, resume=True, recipe={"aggregator": before(), "rounds": 2})
+
+
+def test_the_default_aggregator_and_its_name_are_the_same(fed, tmp_path) -> None:
+    fit(fed, tmp_path, recipe={"rounds": 1})  # the default is made late, as another class
+    fit(fed, tmp_path, resume=True, recipe={"aggregator": FedAvg(), "rounds": 2})
 
 
 def test_a_lost_client_state_is_named(fed, tmp_path) -> None:

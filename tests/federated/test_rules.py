@@ -130,6 +130,42 @@ def test_scaffold_over_rounds_is_the_papers_algorithm(fed, tmp_path, accumulate)
             torch.testing.assert_close(tensor.double(), x[name], rtol=2e-3, atol=2e-5, msg=name)
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_scaffold_corrects_in_any_precision(fed, tmp_path, precision) -> None:
+    """Two rounds of one client: the second with a control variate of its own, and another of the server's."""
+    module = fed.student(optimizer=plain_sgd)
+    names = [name for name, _ in module.named_parameters()]
+    generator = torch.Generator().manual_seed(1)
+    server = {name: 0.3 * torch.randn(module.state_dict()[name].shape, generator=generator) for name in names}
+    own = {name: torch.zeros_like(tensor) for name, tensor in server.items()}
+    recipe = Federation(aggregator=Scaffold(), client_rules=[ScaffoldRule()])
+    one = worker(fed, tmp_path, recipe, module, precision=precision)
+    for round, c in ((1, {name: torch.zeros_like(tensor) for name, tensor in server.items()}), (2, server)):
+        start = fed.weights(module)
+        update = one.fit("c", Broadcast(round, start, {"scaffold": c}))
+        one.states.accept("c", round)
+        expected = by_hand(
+            fed, module, "c", round, lambda name, w, c=c, own=own: c[name] - own[name], bf16=precision == "bf16-mixed"
+        )
+        assert_close(update.state, expected)
+        change = {name: (start[name] - expected[name]) / (3 * 0.05) - c[name] for name in names}
+        for name in names:
+            torch.testing.assert_close(update.extras["scaffold"][name], change[name], rtol=1e-3, atol=1e-4, msg=name)
+        own = {name: own[name] + change[name] for name in names}
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_fednova_trains_as_plain_and_counts_in_any_precision(fed, tmp_path, precision) -> None:
+    module = fed.student(optimizer=fed.sgd)  # momentum 0.9
+    federation = Federation(aggregator=FedNova(), client_rules=[FedNovaRule()])
+    start = fed.weights(module)
+    update = worker(fed, tmp_path, federation, module, precision=precision).fit("c", Broadcast(1, start))
+    expected = by_hand(fed, module, "c", 1, lambda name, w: torch.zeros_like(w), bf16=precision == "bf16-mixed")
+    assert_close(update.state, expected)
+    a_norm = update.extras["fednova"]["a_norm"]
+    assert a_norm.dtype == torch.float64 and float(a_norm) == pytest.approx(1 + 1.9 + 2.71, rel=1e-12)
+
+
 def test_scaffold_resumes_to_the_same_bits(fed, tmp_path) -> None:
     def run(folder: Path, rounds: int, ckpt: str | None = None) -> dict[str, Tensor]:
         module = fed.student(optimizer=plain_sgd)

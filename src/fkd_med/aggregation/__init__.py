@@ -13,7 +13,6 @@ from fkd_med.aggregation.logit_consensus import LogitConsensus
 from fkd_med.aggregation.scaffold import Scaffold
 from fkd_med.aggregation.server_optimizer import ServerOptimizer
 from fkd_med.aggregation.state import (
-    WeightedMean,
     add,
     assert_finite,
     assert_same_structure,
@@ -25,6 +24,7 @@ from fkd_med.aggregation.state import (
     subtract,
 )
 from fkd_med.aggregation.trimmed_mean import TrimmedMean
+from fkd_med.aggregation.weighted_mean import WeightedMean
 
 __all__ = [
     "Aggregator",

@@ -10,7 +10,8 @@ from torch import Tensor
 from fkd_med.aggregation.aggregator import Aggregator
 from fkd_med.aggregation.settings import Weighting, check_positive, check_weighting, weight_of
 from fkd_med.aggregation.slices import Readings
-from fkd_med.aggregation.state import WeightedMean, delta_norm, is_buffer, parameter_names
+from fkd_med.aggregation.state import delta_norm, is_buffer, parameter_names
+from fkd_med.aggregation.weighted_mean import WeightedMean
 from fkd_med.communication import Broadcast, State, Update
 
 

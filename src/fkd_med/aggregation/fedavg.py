@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fkd_med.aggregation.aggregator import Aggregator, checked
-from fkd_med.aggregation.state import WeightedMean
+from fkd_med.aggregation.aggregator import Aggregator, checked, owner_of
+from fkd_med.aggregation.weighted_mean import WeightedMean
 from fkd_med.communication import Broadcast, State, Update
 
 
@@ -19,6 +19,6 @@ class FedAvg(Aggregator):
     def aggregate(self, broadcast: Broadcast, updates: Iterable[Update]) -> State:
         """Return the weighted mean of `updates`; see `Aggregator.aggregate`."""
         mean = WeightedMean()
-        for update in checked(broadcast, updates):
-            mean.add(update.state, update.num_examples)
+        for update in checked(broadcast, updates, finite=False):
+            mean.add(update.state, update.num_examples, owner_of(update))
         return mean.result(like=broadcast.state)

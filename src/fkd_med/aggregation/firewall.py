@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from fkd_med.aggregation.state import delta_norm, parameter_names
+from fkd_med.aggregation.aggregator import Aggregator
+from fkd_med.aggregation.state import delta_norm, is_finite, parameter_names
 from fkd_med.communication import Broadcast, State, Update
 from fkd_med.communication.header import shown
 from fkd_med.errors import ConfigError
@@ -48,7 +49,10 @@ class Firewall:
     """Sets aside updates that are damaged, not finite, or far larger than the others.
 
     Sizes are L2 norms of an update's change of the floating parameters. BatchNorm statistics are no part of them: a
-    lie of any finite size in these passes, except a negative variance. Nor is `num_examples` doubted.
+    lie of any finite size in these passes, except a negative variance. Nor is `num_examples` doubted. Sections that a
+    client rule adds must be what the aggregator can use, and are compared with the others': their L2 norms, and single
+    numbers both ways. Honest clients differ more there (one may take fifty times the steps of another), so the factor
+    is squared.
 
     Args:
         max_norm: largest change a client may make in a round; null for no limit.
@@ -67,32 +71,33 @@ class Firewall:
         self.max_norm = max_norm
         self.median_factor = median_factor
 
-    def inspect(
-        self, broadcast: Broadcast, update: Update, required_sections: Collection[str] = frozenset()
-    ) -> Quarantine | None:
+    def inspect(self, broadcast: Broadcast, update: Update, aggregator: Aggregator | None = None) -> Quarantine | None:
         """Return what is wrong with one update, looked at alone, or None.
 
         Args:
             broadcast: what the client started from.
             update: what it sent.
-            required_sections: the extras that the aggregator requires.
+            aggregator: what will combine it; says what it requires beside the state.
         """
-        for tensor, reason in self._faults(broadcast, update, required_sections):
+        for tensor, reason in self._faults(broadcast, update, aggregator):
             return Quarantine(update.client, broadcast.round, tensor, reason)
         return None
 
-    def inspect_round(self, norms: Mapping[str, float], round: int) -> dict[str, Quarantine]:
-        """Return, by client, the updates whose change is too large beside that of the others.
+    def inspect_round(
+        self, norms: Mapping[str, float], round: int, extras: Mapping[str, Mapping[str, float]] | None = None
+    ) -> dict[str, Quarantine]:
+        """Return, by client, the updates whose change or section is too large (or small) beside that of the others.
 
         A median of zero (the others changed nothing) sets no one aside.
 
         Args:
             norms: client -> `change_norm` of its update; only of those that `inspect` let pass.
             round: the round, for the report.
+            extras: client -> `extra_sizes` of its update.
         """
         if self.median_factor is None or len(norms) < _ENOUGH:
             return {}
-        found = {}
+        found = self._odd_extras(extras or {}, self.median_factor**2, round)
         for client in sorted(norms):
             median = statistics.median(norm for other, norm in norms.items() if other != client)
             if median > 0 and not norms[client] <= self.median_factor * median:
@@ -103,7 +108,25 @@ class Firewall:
                 found[client] = Quarantine(client, round, "", reason)
         return found
 
-    def _faults(self, broadcast: Broadcast, update: Update, required: Collection[str]) -> Iterator[tuple[str, str]]:
+    def _odd_extras(
+        self, extras: Mapping[str, Mapping[str, float]], factor: float, round: int
+    ) -> dict[str, Quarantine]:
+        found: dict[str, Quarantine] = {}
+        for name in sorted({name for sizes in extras.values() for name in sizes}):
+            sizes = {client: extras[client][name] for client in sorted(extras) if name in extras[client]}
+            for client, size in sizes.items():
+                others = [other for peer, other in sizes.items() if peer != client]
+                median = statistics.median(others) if len(others) >= _ENOUGH - 1 else 0.0
+                small = "/" in name and size * factor < median
+                if median > 0 and (small or not size <= factor * median):
+                    reason = (
+                        f"has the size {size:.4g}, more than {factor:g} times {'below' if small else 'above'} the "
+                        f"median of the other {len(others)} clients, {median:.4g}"
+                    )
+                    found.setdefault(client, Quarantine(client, round, name, reason))
+        return found
+
+    def _faults(self, broadcast: Broadcast, update: Update, aggregator: Aggregator | None) -> Iterator[tuple[str, str]]:
         """Yield (tensor, reason); each check may rely on those before it."""
         if update.round != broadcast.round:
             yield "", f"answers round {update.round}"
@@ -112,11 +135,16 @@ class Firewall:
                 yield "", f"reports {name} = {getattr(update, name)}"
         yield from _differences(update.state, broadcast.state)
         yield from _bad_values(update.state)
-        for section in sorted(required):
+        for section in sorted(aggregator.required_sections if aggregator else ()):
             if not update.extras.get(section):
                 yield "", f"does not send the section '{section}' that the aggregator needs"
         for section, tensors in sorted(update.extras.items()):
             yield from _bad_values(tensors, f"{section}/")
+        if aggregator is not None:
+            yield from aggregator.faults_of_extras(broadcast, update)
+        for name, size in extra_sizes(update).items():
+            if not size < math.inf:
+                yield name, "is larger than can be measured"
         norm = change_norm(broadcast, update)
         if not norm < math.inf:
             yield "", "changes the student by more than can be measured"
@@ -130,6 +158,21 @@ def change_norm(broadcast: Broadcast, update: Update) -> float:
     Integers and BatchNorm statistics (`is_buffer`) do not count. The states must have the same structure.
     """
     return delta_norm(update.state, broadcast.state, parameter_names(broadcast.state))
+
+
+def extra_sizes(update: Update) -> dict[str, float]:
+    """Return how large an update's sections are: each single number as ``section/tensor``, the L2 norm of the rest.
+
+    The norm is in float64, under the section's own name.
+    """
+    sizes: dict[str, float] = {}
+    for section, tensors in sorted(update.extras.items()):
+        single = {name: tensor for name, tensor in tensors.items() if tensor.numel() == 1 and name not in update.state}
+        sizes |= {f"{section}/{name}": abs(float(tensor.item())) for name, tensor in sorted(single.items())}
+        rest = [tensor.detach().double() for name, tensor in tensors.items() if name not in single]
+        if rest:
+            sizes[section] = math.sqrt(math.fsum(float(np.sum(tensor.square().numpy())) for tensor in rest))
+    return sizes
 
 
 def _differences(state: State, expected: State) -> Iterator[tuple[str, str]]:
@@ -147,7 +190,7 @@ def _differences(state: State, expected: State) -> Iterator[tuple[str, str]]:
 def _bad_values(tensors: State, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Yield tensors that hold NaN or infinity, and negative variances."""
     for name, tensor in sorted(tensors.items()):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             yield prefix + name, "holds NaN or infinity"
         elif not prefix and name.endswith("running_var") and bool((tensor < 0).any()):
             yield prefix + name, "is a variance and holds negative values"

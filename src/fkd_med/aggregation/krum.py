@@ -11,7 +11,8 @@ from torch import Tensor
 from fkd_med.aggregation.aggregator import Aggregator
 from fkd_med.aggregation.coordinate_median import median
 from fkd_med.aggregation.slices import MAX_BYTES, Readings, combine
-from fkd_med.aggregation.state import WeightedMean, parameter_names
+from fkd_med.aggregation.state import parameter_names
+from fkd_med.aggregation.weighted_mean import WeightedMean
 from fkd_med.communication import Broadcast, State, Update
 from fkd_med.errors import ConfigError, TrainingError
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from fkd_med.aggregation.aggregator import Aggregator, checked
 from fkd_med.aggregation.sections import section_of
-from fkd_med.aggregation.state import WeightedMean
+from fkd_med.aggregation.weighted_mean import WeightedMean
 from fkd_med.communication import PUBLIC_LOGITS, Broadcast, Extras, State, Update
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-from fkd_med.aggregation.aggregator import Aggregator, checked, next_state
-from fkd_med.aggregation.sections import section_of
+from fkd_med.aggregation.aggregator import Aggregator, checked, next_state, owner_of
+from fkd_med.aggregation.sections import section_faults, section_of
 from fkd_med.aggregation.settings import check_positive
-from fkd_med.aggregation.state import WeightedMean, parameter_names
+from fkd_med.aggregation.state import parameter_names
+from fkd_med.aggregation.weighted_mean import WeightedMean
 from fkd_med.communication import Broadcast, Extras, State, Update
 from fkd_med.errors import ConfigError, TrainingError
 
@@ -54,23 +55,30 @@ class Scaffold(Aggregator):
         """Return the control variate as section ``scaffold``, in float32; nothing while it is zero."""
         return {"scaffold": {name: tensor.float() for name, tensor in self.control.items()}} if self.control else {}
 
+    def faults_of_extras(self, broadcast: Broadcast, update: Update) -> Iterator[tuple[str, str]]:
+        """Yield tensors of ``scaffold`` that are not named and shaped as the student's parameters."""
+        like = {name: broadcast.state[name] for name in parameter_names(broadcast.state)}
+        for name, reason in section_faults(update.extras["scaffold"], like):
+            yield f"scaffold/{name}", reason
+
     def aggregate(self, broadcast: Broadcast, updates: Iterable[Update]) -> State:
         """Return the next state and move the control variate; see `Aggregator.aggregate`."""
         parameters = {name: broadcast.state[name] for name in parameter_names(broadcast.state)}
         others = broadcast.state.keys() - parameters.keys()
         self.check_memory(parameters)
         mean, measured, drift = WeightedMean(), WeightedMean(), WeightedMean()
-        for update in checked(broadcast, updates):
-            drift.add(section_of(update, "scaffold", parameters), 1)
-            mean.add({name: update.state[name] for name in parameters}, 1)
-            measured.add({name: update.state[name] for name in others}, update.num_examples)
+        for update in checked(broadcast, updates, finite=False):
+            owner, section = owner_of(update), section_of(update, "scaffold", parameters)
+            mean.add({name: update.state[name] for name in parameters}, 1, owner)
+            measured.add({name: update.state[name] for name in others}, update.num_examples, owner)
+            drift.add(section, 1, f"{owner}, section 'scaffold'")
         share = self._share(mean.count)
         values = mean.values()
         for name, tensor in parameters.items():
             start = tensor.double()
             values[name] = values[name].sub_(start).mul_(self.server_lr).add_(start)
         state = next_state(values | measured.values(), broadcast)
-        moved = {name: tensor.mul_(share) for name, tensor in drift.values().items()}
+        moved = {name: tensor * share for name, tensor in drift.values().items()}
         self.control = {name: self.control[name] + t if self.control else t for name, t in moved.items()}
         return state
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
@@ -27,14 +27,17 @@ def section_of(update: Update, section: str, like: Mapping[str, Tensor]) -> Stat
     tensors = update.extras.get(section)
     if tensors is None:
         raise TrainingError(f"{owner} is missing. The clients must run the rule that goes with this aggregator.")
-    for name in sorted(tensors.keys() ^ like.keys()):
-        problem = "is missing" if name in like else "is not expected"
+    for name, problem in section_faults(tensors, like):
         raise TrainingError(f"{owner}: tensor '{name}' {problem}. Use the same student and rules on all sides.")
-    for name, tensor in tensors.items():
-        if tensor.shape != like[name].shape or not tensor.is_floating_point():
-            raise TrainingError(
-                f"{owner}: tensor '{name}' is {tensor.dtype} {tuple(tensor.shape)} where floating numbers "
-                f"{tuple(like[name].shape)} are expected. Use the same student and rules on all sides."
-            )
     assert_finite(tensors, owner)
     return tensors
+
+
+def section_faults(tensors: State, like: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    """Yield tensors of a section that are not floating tensors with the names and shapes of `like`, and why."""
+    for name in sorted(tensors.keys() ^ like.keys()):
+        yield name, "is missing" if name in like else "is not expected"
+    for name, tensor in tensors.items():
+        if tensor.shape != like[name].shape or not tensor.is_floating_point():
+            shape = tuple(like[name].shape)
+            yield name, f"is {tensor.dtype} {tuple(tensor.shape)} where floating numbers {shape} are expected"

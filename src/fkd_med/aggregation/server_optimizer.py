@@ -7,9 +7,10 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from fkd_med.aggregation.aggregator import Aggregator, checked, next_state
+from fkd_med.aggregation.aggregator import Aggregator, checked, next_state, owner_of
 from fkd_med.aggregation.settings import Weighting, check_positive, check_weighting, weight_of
-from fkd_med.aggregation.state import WeightedMean, parameter_names
+from fkd_med.aggregation.state import parameter_names
+from fkd_med.aggregation.weighted_mean import WeightedMean
 from fkd_med.communication import Broadcast, State, Update
 
 
@@ -37,8 +38,8 @@ class ServerOptimizer(Aggregator):
     def aggregate(self, broadcast: Broadcast, updates: Iterable[Update]) -> State:
         """Return the state one server step after `broadcast`; see `Aggregator.aggregate`."""
         mean = WeightedMean()
-        for update in checked(broadcast, updates):
-            mean.add(update.state, weight_of(update, self.weighting))
+        for update in checked(broadcast, updates, finite=False):
+            mean.add(update.state, weight_of(update, self.weighting), owner_of(update))
         values = mean.values()
         names = parameter_names(broadcast.state)
         self.check_memory({name: broadcast.state[name] for name in names})

@@ -11,11 +11,13 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fkd_med.communication import State
 from fkd_med.errors import TrainingError
 
+CHUNK = 32_768  # numbers combined in one go: 256 KiB of float64, so that three such vectors fit a core's cache
 BUFFERS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 
 
@@ -35,13 +37,18 @@ def parameter_names(state: Mapping[str, Tensor]) -> list[str]:
 
 def delta_norm(state: Mapping[str, Tensor], base: Mapping[str, Tensor], names: Collection[str]) -> float:
     """Return the Euclidean norm of ``state - base`` over the tensors `names`, in float64; 0 for none."""
-    return math.sqrt(math.fsum(_squares(state[name], base[name]) for name in names))
+    memory = np.empty(max((base[name].numel() for name in names), default=0))
+    return math.sqrt(math.fsum(_squares(state[name], base[name], memory) for name in names))
 
 
-def _squares(one: Tensor, other: Tensor) -> float:
+def _squares(one: Tensor, other: Tensor, memory: NDArray[np.float64]) -> float:
+    squares = memory[: one.numel()]
+    pieces = torch.split(torch.from_numpy(squares), CHUNK)  # a piece stays in the processor's cache
+    vectors = (torch.split(tensor.detach().reshape(-1), CHUNK) for tensor in (one, other))
+    for piece, ours, theirs in zip(pieces, *vectors, strict=True):
+        piece.copy_(ours).sub_(theirs.double()).square_()
     # NumPy sums in one order; torch splits a sum among its threads, which would show in the bits.
-    difference = one.detach().double() - other.detach().double()
-    return float(np.sum(difference.square_().contiguous().numpy()))
+    return float(np.sum(squares))
 
 
 def assert_same_structure(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], owner: str) -> None:
@@ -69,22 +76,31 @@ def assert_finite(state: Mapping[str, Tensor], owner: str) -> None:
         TrainingError: naming `owner` and the first tensor that is not finite.
     """
     for name, tensor in state.items():
-        if tensor.is_floating_point() and not _is_finite(tensor):
-            raise TrainingError(
-                f"{owner}: tensor '{name}' holds NaN or infinity. Its training diverged: lower the learning rate, "
-                "clip gradients, or look at its images with `fkd check-data`."
-            )
+        if not is_finite(tensor):
+            raise not_finite(owner, name)
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    # One NaN or infinity makes the sum one, and a sum needs no mask; float64 itself may overflow, hence the rest.
-    return math.isfinite(tensor.sum(dtype=torch.float64).item()) or bool(torch.isfinite(tensor).all())
+def not_finite(owner: str, name: str) -> TrainingError:
+    """Return the error for a tensor that holds NaN or infinity."""
+    return TrainingError(
+        f"{owner}: tensor '{name}' holds NaN or infinity. Its training diverged: lower the learning rate, "
+        "clip gradients, or look at its images with `fkd check-data`."
+    )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor holds neither NaN nor infinity; integers never do."""
+    if not tensor.is_floating_point():
+        return True
+    # One NaN or infinity makes the sum one, and a sum needs no mask and, in the tensor's own dtype, no copy. It may
+    # overflow, hence the rest.
+    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
 def cast_like(values: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> State:
-    """Return `values` in the dtypes of `like`; integers (and booleans) are rounded, halves to even."""
+    """Return `values` as new tensors in the dtypes of `like`; integers and booleans are rounded, halves to even."""
     return {
-        name: (values[name] if tensor.is_floating_point() else values[name].round()).to(tensor.dtype)
+        name: (values[name] if tensor.is_floating_point() else values[name].round()).to(tensor.dtype, copy=True)
         for name, tensor in like.items()
     }
 
@@ -108,40 +124,3 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other)))
-
-
-class WeightedMean:
-    """Mean of states that come one by one, in the memory of one float64 state and one tensor.
-
-    The running mean ``m += (x - m) * (w / W)`` (D. H. D. West, CACM 22(9), 1979; ``W`` the weights so far) keeps
-    two identities that ``sum(w x) / sum(w)`` loses to rounding: the mean of one state, and of equal states, is
-    that state bit for bit; and multiplying all weights by one factor changes no bit.
-    """
-
-    def __init__(self) -> None:
-        self.weight: float = 0
-        self.count = 0
-        self._mean: State = {}
-
-    def add(self, state: Mapping[str, Tensor], weight: float) -> None:
-        """Take in one state of positive `weight`; names and shapes must be those of the first.
-
-        A lazy mapping that makes its tensors as they are asked for keeps memory at one of them.
-        """
-        self.weight += weight
-        self.count += 1
-        for name, tensor in state.items():
-            value = tensor.detach().to(torch.float64, copy=True)
-            if self.count == 1:
-                self._mean[name] = value
-            else:
-                mean = self._mean[name]
-                mean.add_(value.sub_(mean).mul_(weight / self.weight))
-
-    def values(self) -> State:
-        """Return the mean in float64, which the caller may change; empty before the first `add`."""
-        return self._mean
-
-    def result(self, like: Mapping[str, Tensor]) -> State:
-        """Return the mean in the dtypes of `like`; at least one state must have been added."""
-        return cast_like(self._mean, like)

@@ -134,7 +134,7 @@ class Federation:
         if self.aggregator is None:
             return  # alone, rules change the training and nothing is sent
         missing = sorted(self.aggregator.required_sections - supplied(self.client_rules))
-        name = type(self.aggregator).__name__.removeprefix("LazyInstance_")
+        name = aggregator_name(self.aggregator)
         if missing:
             raise ConfigError(
                 f"{name} needs the section '{missing[0]}' from every client: add the client rule that supplies it to "
@@ -230,6 +230,11 @@ class Federation:
 
 
 _SUPPLIERS = {"scaffold": "ScaffoldRule", "fednova": "FedNovaRule", PUBLIC_LOGITS: "PublicDigest"}
+
+
+def aggregator_name(aggregator: Aggregator | None) -> str:
+    """Return the aggregator's class, or ``null``; of a default that jsonargparse makes late, what it stands for."""
+    return "null" if aggregator is None else type(aggregator).__name__.removeprefix("LazyInstance_")
 
 
 def _sends(aggregator: Aggregator | None) -> bool:

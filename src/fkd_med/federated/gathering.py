@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fkd_med.aggregation.firewall import change_norm
+from fkd_med.aggregation.firewall import change_norm, extra_sizes
 from fkd_med.communication import Broadcast, Update
 from fkd_med.errors import TrainingError
 from fkd_med.federated.absences import Absence, Absences, Kind
@@ -92,14 +92,15 @@ class Gathering:
         firewall, aggregator = self.federation.firewall, self.federation.aggregator
         if firewall is None or aggregator is None:
             return files
-        norms, found = {}, {}
+        norms, extras, found = {}, {}, {}
         for update in self.exchange.updates(files, broadcast):
-            quarantine = firewall.inspect(broadcast, update, aggregator.required_sections)
+            quarantine = firewall.inspect(broadcast, update, aggregator)
             if quarantine is None:
                 norms[update.client] = change_norm(broadcast, update)
+                extras[update.client] = extra_sizes(update)
             else:
                 found[update.client] = quarantine
-        found |= firewall.inspect_round(norms, broadcast.round)
+        found |= firewall.inspect_round(norms, broadcast.round, extras)
         for client, quarantine in sorted(found.items()):
             reason = f"tensor {quarantine.tensor} {quarantine.reason}" if quarantine.tensor else quarantine.reason
             self._miss(broadcast.round, client, "quarantined", reason)

@@ -5,19 +5,17 @@ The only file that imports private Lightning names; ``tests/federated/test_light
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
-import torch
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities import CombinedLoader
 
 from fkd_med.communication import Broadcast, Ledger, State
-from fkd_med.errors import ConfigError, RunError
+from fkd_med.errors import RunError
 from fkd_med.federated.absences import Absences
 from fkd_med.federated.client import ClientWorker
 from fkd_med.federated.client_data import ClientData, client_data
@@ -26,6 +24,7 @@ from fkd_med.federated.exchange import Exchange
 from fkd_med.federated.federation import Federation
 from fkd_med.federated.gathering import Gathering
 from fkd_med.federated.personal_state import show_personal
+from fkd_med.federated.restoring import federation_state, restore
 from fkd_med.federated.server_distillation import distilled
 from fkd_med.modules import RunClock
 from fkd_med.seeding import global_seed
@@ -103,7 +102,8 @@ class FederatedLoop(_FitLoop):
         self.sizes = {client: self.data.num_examples(client) for client in self.clients}
         self.states = ClientStates(trainer.run_dir.clients)
         self.federation.begin(self.server, self.clients, int(self.max_epochs or 0), self.data)
-        self._restore()
+        if self._restored:
+            restore(self._restored, self.federation, self.states)
         self.threads = self.federation.apply_threads()
         ledger = Ledger(trainer.run_dir.ledger if trainer.is_global_zero else None, self.federation.link)
         ledger.drop_after(self.round - 1 or -1)  # before the first closed round, what is of round 0 is another run's
@@ -248,16 +248,10 @@ class FederatedLoop(_FitLoop):
     # --- checkpoints ------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self) -> dict[str, Any]:
-        """Return what a closed round needs besides the student: aggregator, versions of client states, threads."""
+        """Add what a closed round needs besides the student."""
         state: dict[str, Any] = super().on_save_checkpoint()
-        aggregator = self.federation.aggregator
-        state["federation"] = {
-            "round": int(self.epoch_loop.global_step),
-            "aggregator": copy.deepcopy(aggregator.state_dict()) if aggregator else {},
-            "client_states": dict(self.states.versions),
-            "seed": global_seed(),
-            "threads": self.threads,
-        }
+        closed = int(self.epoch_loop.global_step)
+        state["federation"] = federation_state(self.federation, self.states, closed, self.threads)
         return state
 
     def on_load_checkpoint(self, state_dict: dict[str, Any]) -> None:
@@ -274,24 +268,6 @@ class FederatedLoop(_FitLoop):
             # is closed, so neither train it again nor go back into it.
             self.epoch_progress.increment_processed()
             self.epoch_progress.increment_completed()
-
-    def _restore(self) -> None:
-        if not self._restored:
-            return
-        stored, threads = self._restored, torch.get_num_threads()
-        if self.federation.threads is None and stored["threads"] != threads:
-            raise ConfigError(
-                f"This run used {stored['threads']} CPU threads and would now use {threads}, which changes bits: "
-                f"set federation.threads to {stored['threads']}."
-            )
-        if stored["seed"] != global_seed():
-            raise ConfigError(
-                f"This run was started with seed {stored['seed']} and would go on with {global_seed()}: "
-                f"give --seed_everything {stored['seed']}."
-            )
-        if self.federation.aggregator is not None:
-            self.federation.aggregator.load_state_dict(stored["aggregator"])
-        self.states.versions = {str(client): int(round) for client, round in stored["client_states"].items()}
 
     def teardown(self) -> None:
         """Take the progress bar away."""
