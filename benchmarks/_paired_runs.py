@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from scipy import stats
 
 from fkd_med.cli import main as fkd
@@ -122,19 +121,14 @@ def _run(arm: Arm, seed: int, folder: Path, common: list[str]) -> None:
         contextlib.redirect_stderr(log),
     ):
         code = fkd([*argv, "--overwrite"])
-        if code == 0:  # the last round too, which no validation has picked
-            code = fkd(["test", "--config", str(folder / "config.yaml"), "--ckpt_path", "last"])
     if code not in (0, TrainingError.exit_code):  # a run that cannot go on is a result; anything else is a mistake
         raise SystemExit(f"{folder}: fkd ended with {code}; see {folder.with_suffix('.log')}")
     note.write_text(json.dumps({"code": code, "seconds": round(time.perf_counter() - started, 1)}))
 
 
-def _rows(folder: Path, last: bool) -> list[ImageRow]:
-    """Return the test rows of the federated student: of the last round, or of the round validation picked."""
-    rows = ImageTable.read(folder / "images.csv").of("test", "student", "federated")
-    rounds = list(dict.fromkeys(row.round for row in rows))  # in the order of writing: the best first
-    chosen = max(rounds) if last else rounds[0]
-    return [row for row in rows if row.round == chosen]
+def _rows(folder: Path) -> list[ImageRow]:
+    """Return the test rows of the federated student, of the round that validation picked."""
+    return ImageTable.read(folder / "images.csv").of("test", "student", "federated")
 
 
 def _dice(rows: list[ImageRow]) -> float:
@@ -153,8 +147,8 @@ def _outcome(arm: Arm, seed: int, folder: Path) -> dict[str, Any]:
     if note["code"] != 0:
         lines = [x for x in folder.with_suffix(".log").read_text().splitlines() if x.strip()]
         return said | {"stopped": lines[-1] if lines else ""}
-    ledger, last, best = Ledger(folder / "ledger.csv"), _rows(folder, True), _rows(folder, False)
-    said |= {"images": len(last), "dice": round(_dice(last), 4), "dice_of_best_round": round(_dice(best), 4)}
+    ledger, rows = Ledger(folder / "ledger.csv"), _rows(folder)
+    said |= {"images": len(rows), "dice": round(_dice(rows), 4)}
     return said | {"bytes_" + way: round(ledger.mean_per_message(way)) for way in ("up", "down")}
 
 
@@ -165,23 +159,21 @@ def _against(arm: Arm, given: argparse.Namespace) -> dict[str, Any]:
     needs two seeds.
     """
     said: dict[str, Any] = {"program": Path(sys.argv[0]).stem, "arm": arm.name, "minus": arm.reference}
-    for which, last in (("last", True), ("best", False)):
-        points = []
-        for seed in given.seeds:
-            folders = [given.out / f"{name}-{seed}" for name in (arm.reference, arm.name)]
-            if any(json.loads(f.with_suffix(".json").read_text())["code"] != 0 for f in folders):
-                return said | {"stopped": True}
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")  # images that are not in both arms
-                found = bootstrap_difference(*(_rows(folder, last) for folder in folders)).mean
-            points.append([round(100 * value, 2) for value in (found.estimate, found.low, found.high)])
-        mean = statistics.fmean(point[0] for point in points)
-        half = math.nan
-        if len(points) > 1:
-            spread = statistics.stdev(point[0] for point in points) / math.sqrt(len(points))
-            half = float(stats.t.ppf(0.975, len(points) - 1)) * spread
-        interval = [round(mean - half, 2), round(mean + half, 2)] if np.isfinite(half) else None
-        said[which] = {"points": round(mean, 2), "interval_over_seeds": interval, "per_seed": points}
+    points = []
+    for seed in given.seeds:
+        folders = [given.out / f"{name}-{seed}" for name in (arm.reference, arm.name)]
+        if any(json.loads(f.with_suffix(".json").read_text())["code"] != 0 for f in folders):
+            return said | {"stopped": True}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # images that are not in both arms
+            found = bootstrap_difference(*(_rows(folder) for folder in folders)).mean
+        points.append([round(100 * value, 2) for value in (found.estimate, found.low, found.high)])
+    mean = statistics.fmean(point[0] for point in points)
+    said |= {"points": round(mean, 2), "per_seed": points}
+    if len(points) > 1:
+        error = statistics.stdev(point[0] for point in points) / math.sqrt(len(points))
+        half = float(stats.t.ppf(0.975, len(points) - 1)) * error
+        said["interval_over_seeds"] = [round(mean - half, 2), round(mean + half, 2)]
     return said
 
 
