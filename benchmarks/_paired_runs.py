@@ -109,14 +109,14 @@ def _common(given: argparse.Namespace) -> list[str]:
 
 
 def _run(arm: Arm, seed: int, folder: Path, common: list[str]) -> None:
-    note = folder.with_suffix(".json")
+    note = beside(folder, ".json")
     if note.exists():
         return
     options = [part for name in arm.overlays for part in ("--config", str(CONFIGS / name))]
     argv = ["fit", *common, *options, *arm.options, "--seed_everything", str(seed), "--run_dir", str(folder)]
     started = time.perf_counter()
     with (
-        folder.with_suffix(".log").open("w", encoding="utf-8") as log,
+        beside(folder, ".log").open("w", encoding="utf-8") as log,
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
     ):
@@ -124,6 +124,11 @@ def _run(arm: Arm, seed: int, folder: Path, common: list[str]) -> None:
     if code not in (0, TrainingError.exit_code):  # a run that cannot go on is a result; anything else is a mistake
         raise SystemExit(f"{folder}: fkd ended with {code}; see {folder.with_suffix('.log')}")
     note.write_text(json.dumps({"code": code, "seconds": round(time.perf_counter() - started, 1)}))
+
+
+def beside(folder: Path, suffix: str) -> Path:
+    """Return the file beside a run's folder; names of arms have dots in them."""
+    return folder.parent / f"{folder.name}{suffix}"
 
 
 def _rows(folder: Path) -> list[ImageRow]:
@@ -137,7 +142,7 @@ def _dice(rows: list[ImageRow]) -> float:
 
 
 def _outcome(arm: Arm, seed: int, folder: Path) -> dict[str, Any]:
-    note = json.loads(folder.with_suffix(".json").read_text())
+    note = json.loads(beside(folder, ".json").read_text())
     said: dict[str, Any] = {
         "program": Path(sys.argv[0]).stem,
         "arm": arm.name,
@@ -145,7 +150,7 @@ def _outcome(arm: Arm, seed: int, folder: Path) -> dict[str, Any]:
         "seconds": note["seconds"],
     }
     if note["code"] != 0:
-        lines = [x for x in folder.with_suffix(".log").read_text().splitlines() if x.strip()]
+        lines = [x for x in beside(folder, ".log").read_text().splitlines() if x.strip()]
         return said | {"stopped": lines[-1] if lines else ""}
     ledger, rows = Ledger(folder / "ledger.csv"), _rows(folder)
     said |= {"images": len(rows), "dice": round(_dice(rows), 4)}
@@ -162,7 +167,7 @@ def _against(arm: Arm, given: argparse.Namespace) -> dict[str, Any]:
     points = []
     for seed in given.seeds:
         folders = [given.out / f"{name}-{seed}" for name in (arm.reference, arm.name)]
-        if any(json.loads(f.with_suffix(".json").read_text())["code"] != 0 for f in folders):
+        if any(json.loads(beside(f, ".json").read_text())["code"] != 0 for f in folders):
             return said | {"stopped": True}
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # images that are not in both arms
