@@ -71,7 +71,9 @@ def student(rule: str) -> SegmentationModule:
     )
 
 
-def by_hand(fed: Any, rule: str, message: dict[str, Any], correct: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
+def by_hand(
+    fed: Any, rule: str, message: dict[str, Any], correct: Callable[[str, Tensor], Tensor]
+) -> dict[str, Tensor]:
     """Train on batches of 8, of which two processes see the even and the odd images, with SGD written out."""
     module = student(rule).train()
     module.load_state_dict(message["start"])

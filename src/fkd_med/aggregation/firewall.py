@@ -71,9 +71,7 @@ class Firewall:
         self.max_norm = max_norm
         self.median_factor = median_factor
 
-    def inspect(
-        self, broadcast: Broadcast, update: Update, aggregator: Aggregator | None = None
-    ) -> Quarantine | None:
+    def inspect(self, broadcast: Broadcast, update: Update, aggregator: Aggregator | None = None) -> Quarantine | None:
         """Return what is wrong with one update, looked at alone, or None.
 
         Args:
@@ -128,9 +126,7 @@ class Firewall:
                     found.setdefault(client, Quarantine(client, round, name, reason))
         return found
 
-    def _faults(
-        self, broadcast: Broadcast, update: Update, aggregator: Aggregator | None
-    ) -> Iterator[tuple[str, str]]:
+    def _faults(self, broadcast: Broadcast, update: Update, aggregator: Aggregator | None) -> Iterator[tuple[str, str]]:
         """Yield (tensor, reason); each check may rely on those before it."""
         if update.round != broadcast.round:
             yield "", f"answers round {update.round}"

@@ -136,7 +136,7 @@ class Federation:
 
     @property
     def aggregator_name(self) -> str:
-        """The aggregator's class, or ``null``; where it is a default that jsonargparse made late, of what it stands for."""
+        """The aggregator's class, or ``null``; of a default that jsonargparse makes late, what it stands for."""
         return "null" if self.aggregator is None else type(self.aggregator).__name__.removeprefix("LazyInstance_")
 
     def check_aggregator(self, stored: str) -> None:
