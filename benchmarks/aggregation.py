@@ -154,7 +154,7 @@ def beside_flower(way: str, network: str, clients: int) -> dict[str, Any]:
     flower = flower_work(way, updates)
     before = peak()
     ours, theirs, memory = [], [], []
-    for _ in range(6 if network == "TransUNet" else 10):
+    for _ in range(4 if network == "TransUNet" else 10):
         for times, work in ((ours, lambda: FedAvg().aggregate(generated.start, updates)), (theirs, flower)):
             times.append(seconds(work))
             memory.append((peak() - before) / generated.size)

@@ -111,7 +111,7 @@ class Firewall:
     def _odd_extras(
         self, extras: Mapping[str, Mapping[str, float]], factor: float, round: int
     ) -> dict[str, Quarantine]:
-        found = {}
+        found: dict[str, Quarantine] = {}
         for name in sorted({name for sizes in extras.values() for name in sizes}):
             sizes = {client: extras[client][name] for client in sorted(extras) if name in extras[client]}
             for client, size in sizes.items():
@@ -165,7 +165,7 @@ def extra_sizes(update: Update) -> dict[str, float]:
 
     The norm is in float64, under the section's own name.
     """
-    sizes = {}
+    sizes: dict[str, float] = {}
     for section, tensors in sorted(update.extras.items()):
         single = {name: tensor for name, tensor in tensors.items() if tensor.numel() == 1 and name not in update.state}
         sizes |= {f"{section}/{name}": abs(float(tensor.item())) for name, tensor in sorted(single.items())}
