@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -113,12 +114,19 @@ def test_bad_data_is_one_error_before_training(
 
 
 def test_missing_masks_are_skipped_when_asked(
-    tiny_run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    tiny_run: Path, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    before = {path.stem for path in images(folder)}
     no_masks(folder)
-    options = ("--data.on_missing=skip", "--trainer.fast_dev_run=true", "--data.batch_size=2")
-    assert fit(tiny_run, tmp_path, f"--data.root={folder}", "--data.layout=fkd_med.data.FolderPair", *options) == 0
-    assert "7" in caplog.text + capsys.readouterr().out
+    left = {path.stem for path in (folder / "masks").iterdir()}
+    options = ("--data.on_missing=skip", "--data.batch_size=2", "--federation.rounds=1")
+    more = ("--data.layout=fkd_med.data.FolderPair", "--federation.local_baseline=false")
+    assert fit(tiny_run, tmp_path, f"--data.root={folder}", *options, *more) == 0
+    with open(tmp_path / "run" / "manifest.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert (len(before), len(rows), {Path(row["id"]).stem for row in rows}) == (40, 33, left)
+    (said,) = [record.getMessage() for record in caplog.records if "without mask" in record.getMessage()]
+    assert said.startswith("Left out 7 images without mask: ") and f"{min(before - left)}.png" in said
 
 
 @pytest.mark.parametrize(

@@ -188,9 +188,11 @@ def test_the_allow_list_lets_nothing_else_through(name, tensor, passes) -> None:
 
 def test_the_firewall_looks_at_the_logits() -> None:
     bad = {"3": torch.tensor([[[float("inf")]]]).half()}
-    found = Firewall().inspect(Broadcast(1, {}), Update("x", 1, 0, {}, 1, 1, {}, {PUBLIC_LOGITS: bad}), {PUBLIC_LOGITS})
+    found = Firewall().inspect(
+        Broadcast(1, {}), Update("x", 1, 0, {}, 1, 1, {}, {PUBLIC_LOGITS: bad}), LogitConsensus()
+    )
     assert found is not None and found.tensor == "public-logits/3"
-    assert Firewall().inspect(Broadcast(1, {}), Update("x", 1, 0, {}, 1, 1), {PUBLIC_LOGITS}) is not None
+    assert Firewall().inspect(Broadcast(1, {}), Update("x", 1, 0, {}, 1, 1), LogitConsensus()) is not None
 
 
 # --- in a run -------------------------------------------------------------------------------------------------------

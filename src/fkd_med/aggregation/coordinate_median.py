@@ -13,7 +13,7 @@ from fkd_med.communication import Broadcast, State, Update
 
 
 class CoordinateMedian(Aggregator):
-    """Median of every number over the clients (Yin et al., ICML 2018, Definition 1 and Algorithm 1, Option I).
+    """Median of every number over the clients (coordinate-wise median, Yin et al., ICML 2018).
 
     Up to half of the clients may lie. The mean of the two middle values for an even number of clients. Clients count
     alike: a liar could claim any number of images. All tensors are treated so, BatchNorm's statistics too; integer

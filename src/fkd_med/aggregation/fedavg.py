@@ -10,7 +10,7 @@ from fkd_med.communication import Broadcast, State, Update
 
 
 class FedAvg(Aggregator):
-    """Mean of the clients' students, weighted by their training images (McMahan et al., AISTATS 2017, Algorithm 1).
+    """Mean of the clients' students, weighted by their training images (McMahan et al., AISTATS 2017).
 
     ``w <- sum_k (n_k / n) w_k``, in float64; integer buffers (BatchNorm's counter) are rounded back to their type.
     Streams: holds one float64 state and one update, however many clients there are.

@@ -11,7 +11,7 @@ from fkd_med.communication import State
 
 
 class FedAvgM(ServerOptimizer):
-    """FedAvg with momentum on the server (Hsu et al., arXiv:1909.06335, 2019, section 4.3).
+    """FedAvg with momentum on the server (Hsu et al., arXiv:1909.06335, 2019).
 
     ``v <- beta v + g``, ``w <- w - server_lr v`` with ``g = sum_k (n_k / n) (w - w_k)``, ``v = 0`` at first; Nesterov's
     form steps along ``g + beta v``. ``momentum`` remembers ``-v``. For BatchNorm and memory see `ServerOptimizer`.

@@ -1,6 +1,6 @@
 """Adaptive optimizers on the server: FedAdam, FedYogi, FedAdagrad.
 
-As printed in Reddi et al., "Adaptive federated optimization", ICLR 2021, Algorithm 2: no bias correction, and the
+As printed in Reddi et al., "Adaptive federated optimization", ICLR 2021: no bias correction, and the
 second moment starts at tau^2. The authors' code and other libraries differ from it and from each other.
 """
 
@@ -49,7 +49,7 @@ class AdaptiveServer(ServerOptimizer):
 
 
 class FedAdam(AdaptiveServer):
-    """Adam on the server (Reddi et al., ICLR 2021, Algorithm 2): ``v <- beta2 v + (1 - beta2) delta^2``.
+    """Adam on the server (Reddi et al., ICLR 2021): ``v <- beta2 v + (1 - beta2) delta^2``.
 
     Without bias correction, ``v`` from ``tau^2``, as printed. BatchNorm's statistics take the plain mean.
 
@@ -59,7 +59,7 @@ class FedAdam(AdaptiveServer):
         beta2: decay of the second moment.
         tau: adaptivity; changes well below it are scaled as by plain averaging.
         weighting: ``examples`` weights clients by their training images (the paper's experiments), ``uniform``
-            all alike (its Algorithm 2).
+            all alike (its printed algorithm).
 
     Raises:
         ConfigError: a setting out of its range.
@@ -83,7 +83,7 @@ class FedAdam(AdaptiveServer):
 
 
 class FedYogi(FedAdam):
-    """Yogi on the server (Reddi et al., ICLR 2021, Algorithm 2): ``v <- v - (1 - beta2) delta^2 sign(v - delta^2)``.
+    """Yogi on the server (Reddi et al., ICLR 2021): ``v <- v - (1 - beta2) delta^2 sign(v - delta^2)``.
 
     Without bias correction, ``v`` from ``tau^2``, as printed. BatchNorm's statistics take the plain mean.
 
@@ -93,7 +93,7 @@ class FedYogi(FedAdam):
         beta2: how fast the second moment follows.
         tau: adaptivity; changes well below it are scaled as by plain averaging.
         weighting: ``examples`` weights clients by their training images (the paper's experiments), ``uniform``
-            all alike (its Algorithm 2).
+            all alike (its printed algorithm).
 
     Raises:
         ConfigError: a setting out of its range.
@@ -105,7 +105,7 @@ class FedYogi(FedAdam):
 
 
 class FedAdagrad(AdaptiveServer):
-    """Adagrad on the server (Reddi et al., ICLR 2021, Algorithm 2): ``v <- v + delta^2``.
+    """Adagrad on the server (Reddi et al., ICLR 2021): ``v <- v + delta^2``.
 
     ``v`` from ``tau^2``, as printed. BatchNorm's statistics take the plain mean.
 
@@ -114,7 +114,7 @@ class FedAdagrad(AdaptiveServer):
         beta1: decay of the first moment; 0 in the paper's experiments.
         tau: adaptivity; changes well below it are scaled as by plain averaging.
         weighting: ``examples`` weights clients by their training images (the paper's experiments), ``uniform``
-            all alike (its Algorithm 2).
+            all alike (its printed algorithm).
 
     Raises:
         ConfigError: a setting out of its range.

@@ -18,10 +18,10 @@ from fkd_med.errors import ConfigError, TrainingError
 
 
 class MultiKrum(Aggregator):
-    """Mean of the updates with the best Krum scores (Blanchard et al., NeurIPS 2017, section 4).
+    """Mean of the updates with the best Krum scores (Multi-Krum, Blanchard et al., NeurIPS 2017).
 
-    An update's score is the sum of its squared distances to its ``n - f - 2`` nearest others (section 3; smaller is
-    better, ties go to the name that sorts first). Distances are over the parameters, from differences in float64.
+    An update's score is the sum of its squared distances to its ``n - f - 2`` nearest others (smaller is better, ties
+    go to the name that sorts first). Distances are over the parameters, from differences in float64.
     BatchNorm's statistics and integer buffers, which differ between hospitals for honest reasons, have no part in
     the score and so are not taken from the chosen either: they are the median of all clients. Clients count alike.
     Reads the updates several times, at most `max_bytes` of them at once. An update that the firewall has set aside was
@@ -81,7 +81,7 @@ class MultiKrum(Aggregator):
 
 
 class Krum(MultiKrum):
-    """The one update closest to its neighbours (Blanchard et al., NeurIPS 2017, section 3).
+    """The one update closest to its neighbours (Krum, Blanchard et al., NeurIPS 2017).
 
     See `MultiKrum`, of which it is the case of one. Only one hospital's parameters survive a round, so it learns
     slowly where hospitals differ.

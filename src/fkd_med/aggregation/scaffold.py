@@ -14,7 +14,7 @@ from fkd_med.errors import ConfigError, TrainingError
 
 
 class Scaffold(Aggregator):
-    """SCAFFOLD's server (Karimireddy et al., ICML 2020, Algorithm 1, lines 16 and 17).
+    """SCAFFOLD's server (Karimireddy et al., ICML 2020).
 
     ``x <- x + server_lr mean_i (y_i - x)`` and ``c <- c + (|S| / N) mean_i (c_i+ - c_i)``, means over the ``S``
     clients of the round, all alike. Each update's section ``scaffold`` holds ``c_i+ - c_i``, named and shaped as the

@@ -39,5 +39,5 @@ def section_faults(tensors: State, like: Mapping[str, Tensor]) -> Iterator[tuple
         yield name, "is missing" if name in like else "is not expected"
     for name, tensor in tensors.items():
         if tensor.shape != like[name].shape or not tensor.is_floating_point():
-            shape = tuple(like[name].shape)
-            yield name, f"is {tensor.dtype} {tuple(tensor.shape)} where floating numbers {shape} are expected"
+            found, wanted = tuple(tensor.shape), tuple(like[name].shape)
+            yield name, f"is {tensor.dtype} {found} where floating numbers {wanted} are expected"

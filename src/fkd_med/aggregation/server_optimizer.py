@@ -17,7 +17,7 @@ from fkd_med.communication import Broadcast, State, Update
 class ServerOptimizer(Aggregator):
     """Takes a step from the broadcast along ``delta``, the mean of what the clients changed.
 
-    ``delta = sum_i p_i (x_i - x)`` is minus the pseudo-gradient of Reddi et al., 2021 (Algorithm 1, FedOpt).
+    ``delta = sum_i p_i (x_i - x)`` is minus the pseudo-gradient of FedOpt (Reddi et al., ICLR 2021).
     BatchNorm's statistics and integer buffers take the plain mean, with the same weights (see `is_buffer`).
     Streams: holds one float64 state, its memory and one update.
 

@@ -16,7 +16,7 @@ from fkd_med.errors import ConfigError, TrainingError
 
 
 class TrimmedMean(Aggregator):
-    """Mean of every number over the clients without the largest and smallest (Yin et al., ICML 2018, Definition 2).
+    """Mean of every number over the clients without the largest and smallest (Yin et al., ICML 2018).
 
     ``fraction`` of the clients, **rounded up**, is dropped at each side: 0.1 of 4 clients drops one and one, so a
     single liar is never averaged in. Clients count alike. All tensors are treated so, BatchNorm's statistics too;

@@ -93,7 +93,8 @@ class _Block:
             way = step[: len(mean)]
             parts = arrays if whole is None else [whole[start : start + CHUNK]]
             np.concatenate(parts, axis=None, out=way)
-            if not math.isfinite(way.sum()) and (bad := self._not_finite(parts)):  # a sum of finite ones may overflow
+            # Squares cannot cancel, and their sum is the fastest look at all numbers; that of finite ones may overflow.
+            if not math.isfinite(np.dot(way, way)) and (bad := self._not_finite(parts)):
                 return bad
             if share is None:
                 mean[:] = way

@@ -54,7 +54,7 @@ class ClientRule(L.Callback):
 class FedProx(ClientRule):
     """Pull the client's weights towards the global ones: mu / 2 times their squared distance is part of the loss.
 
-    Li et al., "Federated Optimization in Heterogeneous Networks", 2020, eq. 2.
+    Li et al., "Federated Optimization in Heterogeneous Networks", 2020 (FedProx).
 
     Args:
         mu: strength of the pull, 0 or above; 0.001 to 1 in the paper. 0 is FedAvg.
@@ -85,7 +85,7 @@ class FedProx(ClientRule):
 class ScaffoldRule(ClientRule):
     """Correct each step by the difference of the server's control variate and the client's own.
 
-    Karimireddy et al., "SCAFFOLD", 2020, Algorithm 1 with option II: ``y <- y - eta (g - c_i + c)``, and afterwards
+    Karimireddy et al., "SCAFFOLD", 2020, with its option II: ``y <- y - eta (g - c_i + c)``, and afterwards
     ``c_i <- c_i - c + (x - y) / sum(eta)``, which is the paper's K eta for a constant rate. Goes with the aggregator
     `fkd_med.aggregation.Scaffold`. Plain SGD only: with momentum or an adaptive optimizer, the way from x to y says
     nothing of the mean gradient.
@@ -144,7 +144,7 @@ class ScaffoldRule(ClientRule):
 class FedNovaRule(ClientRule):
     """Tell the server how much local work an update holds, so that unequal clients pull equally per step.
 
-    Wang et al., "Tackling the Objective Inconsistency Problem", 2020, eq. 8: the norm of a_i, the weights with which
+    Wang et al., "Tackling the Objective Inconsistency Problem", 2020 (FedNova): the norm of a_i, the weights with which
     the client's gradients enter its update, in units of the initial learning rate. For plain SGD it is the number of
     steps; momentum rho counts each gradient 1 + rho + rho^2 + ... times, and a schedule scales each step. Goes with the
     aggregator `fkd_med.aggregation.FedNova`. SGD with or without momentum only.
