@@ -39,8 +39,8 @@ class Change:
 def differences(old: Any, new: Any, key: str = "") -> Iterator[Change]:
     """Yield what differs between two settled configurations, as plain mappings, lists and values.
 
-    Paths that lead to the same place, and names that import the same class, are no difference; a key that is not there
-    is as null.
+    Paths that lead to the same place, and names that import the same class, are no difference; nor is a number as
+    a word. A key that is not there is as null.
     """
     before, after = _children(old), _children(new)
     if before is None and after is None and _is_same(old, new):
@@ -97,6 +97,8 @@ def _is_same(old: Any, new: Any) -> bool:
         return len(old) == len(new) and all(map(_is_same, old, new))
     if isinstance(old, bool) != isinstance(new, bool):  # to Python, 1 is True
         return False
+    if isinstance(old, str) != isinstance(new, str) and isinstance(old, str | int) and isinstance(new, str | int):
+        return str(old) == str(new)  # `--trainer.devices 2` arrives as a word where a file has a number
     return bool(old == new)
 
 

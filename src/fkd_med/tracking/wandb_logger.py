@@ -133,8 +133,9 @@ class WandbLogger(LightningWandbLogger):
 
 
 def _waits(folder: str) -> bool:
-    """Tell whether a folder holds an offline recording that was not uploaded yet."""
-    recorded = glob(os.path.join(glob_escape(folder), "*.wandb"))
-    return os.path.basename(folder).startswith("offline-") and any(
-        not os.path.exists(f"{path}.synced") for path in recorded
-    )
+    """Tell whether a folder holds an offline recording that was not uploaded yet.
+
+    The recording itself may appear late: another process writes it.
+    """
+    uploaded = glob(os.path.join(glob_escape(folder), "*.wandb.synced"))
+    return os.path.basename(folder).startswith("offline-") and os.path.isdir(folder) and not uploaded
