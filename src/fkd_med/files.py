@@ -18,6 +18,7 @@ from typing import BinaryIO
 from fkd_med.errors import RunError
 
 LEFTOVER = re.compile(r"\.(\d+)-[0-9a-f]{8}\.fkd-tmp")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _REMEDIES = {
     errno.ENOSPC: "The disk is full: free some space",
     errno.EDQUOT: "Your disk quota is used up: free some space",
@@ -60,9 +61,20 @@ def atomic_writer(path: str | Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
-        if isinstance(error, OSError):
-            raise write_error(path, error) from error
+        cause = _refused_write(error)
+        if cause is not None:
+            raise write_error(path, cause) from error
         raise
+
+
+def _refused_write(error: BaseException) -> OSError | None:
+    """Find the system's refusal to write behind an error: torch hides a full disk behind an error of its own."""
+    if isinstance(error, OSError):
+        return error
+    hidden = error.__context__
+    if isinstance(error, RuntimeError) and isinstance(hidden, OSError) and hidden.errno in _FULL:
+        return hidden
+    return None
 
 
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:

@@ -168,7 +168,10 @@ def _refusal(path: Path, what: str, holder: Holder) -> str:
     if holder == Holder.this_process():
         return f"{what} is already in use by this very process. Choose another folder for the second run."
     if holder.host == socket.gethostname():
-        return f"{what} is in use by process {holder.pid}. Wait for it, end it, or choose another folder."
+        return (
+            f"{what} is in use by process {holder.pid} on this machine ({holder.host}). Wait for it, end it, or choose "
+            "another folder."
+        )
     return (
         f"{what} is in use by process {holder.pid} on host {holder.host}, or was when that host stopped. "
         f"If that process no longer runs, delete {path}."

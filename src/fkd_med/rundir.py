@@ -27,7 +27,7 @@ _FOLDERS = ("journal", "checkpoints", "clients", "pictures")
 # Removed by --overwrite, in this order: once the first are gone, nobody can resume what is left of the old run.
 _OURS = ("checkpoints", "journal", "student.ckpt", "clients", "ledger.csv", "absences.csv", "images.csv",
          "metrics.csv", "pictures", "shared-teachers", "report.md", "manifest.csv", "config.yaml",
-         "wandb-id.txt")  # fmt: skip
+         "config-started.yaml", "config-changes.csv", "wandb-id.txt")  # fmt: skip
 _BASELINE = "local"  # the run inside a run in which every client trains alone
 
 

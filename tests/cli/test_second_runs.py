@@ -88,7 +88,7 @@ def test_a_resume_keeps_the_split_when_the_data_have_grown(tiny_run: Path, tmp_p
             shutil.copy(data / kind / f"{name}.png", data / kind / f"new-{number}.png")
         lines.append(f"new-{number},{line.split(',')[1]},new-patient-{number}")
     (data / "clients.csv").write_text("\n".join(lines))
-    longer = ("--federation.local_baseline=false", "--federation.rounds=2")
+    longer = ("--federation.local_baseline=false", "--federation.rounds=2", "--resume.allow=federation,test_after_fit")
     assert command(tiny_run, "fit", run, *folder, *longer, "--ckpt_path=last") == 0
     assert (run / "manifest.csv").read_bytes() == manifest
     assert not any(row.id.startswith("new") for row in ImageTable.read(run / "images.csv"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import time
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ import pytest
 from rich.console import Console
 from wandb.proto import wandb_internal_pb2
 
+from fkd_med.cli.wandb_parts import record_part, recorded_parts
+from fkd_med.rundir import RunDir
 from fkd_med.tracking import WandbLogger
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -147,3 +150,59 @@ def test_a_given_place_and_name_win(tmp_path) -> None:
     logger.place(str(tmp_path / "run"), "run")
     assert (logger._name, logger._wandb_init["dir"]) == ("mine", str(tmp_path / "own"))
     logger.close()
+
+
+def part(run: RunDir, value: float, resumes: bool) -> tuple[str, str]:
+    """Record what one process of a run would; return its folder, and what it said at the end."""
+    logger, console = WandbLogger(), Console(record=True, width=400)
+    run_id, parts = recorded_parts(run) if resumes else (None, [])
+    logger.place(str(run.path), "run", run_id, parts)
+    record_part(run, logger)
+    logger.log_metrics({"x": value}, step=1)
+    folder = logger.folder
+    logger.close(console)
+    return folder, console.export_text()
+
+
+def test_a_resumed_run_is_one_run_and_every_part_has_its_sync_line(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = RunDir("run")
+    run.create()
+    first, said = part(run, 1.0, resumes=False)
+    assert said.splitlines() == [f"Weights & Biases: recorded offline; upload it with:  wandb sync {local(first)}"]
+    time.sleep(1.1)  # folders are named by the second
+    second, said = part(run, 2.0, resumes=True)
+    assert said.splitlines()[1:] == [f"  wandb sync {local(first)}", f"  wandb sync {local(second)}"]
+    identity, folders = recorded_parts(run)
+    assert [os.path.realpath(folder) for folder in folders] == [os.path.realpath(path) for path in (first, second)]
+    ids = {record.run.run_id for path in run.path.glob("wandb/offline-run-*/*.wandb") for record in records(path)
+           if record.WhichOneof("record_type") == "run"}  # fmt: skip
+    assert ids == {identity} and first != second
+
+
+def local(folder: str) -> str:
+    return os.path.relpath(folder)
+
+
+def test_parts_come_in_the_order_of_the_run_whatever_the_clock_said(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ["offline-run-20270101_000000-a", "offline-run-20260101_000000-a", "offline-run-20260201_000000-a"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run-a.wandb").touch()
+    logger = WandbLogger()
+    logger.place(str(tmp_path), "run", "a", names[:2])
+    assert [line.split()[-1] for line in logger._sync_lines(names[2])[1:]] == names
+    (tmp_path / names[0] / "run-a.wandb.synced").touch()
+    shutil.rmtree(tmp_path / names[1])
+    assert logger._sync_lines(names[2]) == [
+        f"Weights & Biases: recorded offline; upload it with:  wandb sync {names[2]}"
+    ], "what was uploaded, or is gone, is not asked for again"
+    logger.close()
+
+
+def test_a_run_of_an_earlier_version_has_an_id_and_no_parts(tmp_path) -> None:
+    run = RunDir(tmp_path)
+    assert recorded_parts(run) == (None, [])
+    run.wandb_id.write_text("abcd1234")
+    assert recorded_parts(run) == ("abcd1234", [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import lightning as L
@@ -25,13 +26,27 @@ def best_checkpoint(trainer: L.Trainer) -> str | None:
 
 
 def recorded_best(folder: Path) -> Path | None:
-    """Return the checkpoint that the run itself holds for its best, as last.ckpt says."""
-    last = folder / "last.ckpt"
-    if not last.is_file():
+    """Return the checkpoint that the run itself holds for its best, as its latest checkpoint says."""
+    latest = latest_checkpoint(folder.glob("last*.ckpt")) or latest_checkpoint(folder.glob("*.ckpt"))
+    if latest is None:
         return None
-    for key, state in read_checkpoint(last).get("callbacks", {}).items():
+    for key, state in read_checkpoint(latest).get("callbacks", {}).items():
         if str(key).startswith("ModelCheckpoint") and isinstance(state, dict):
             path = folder / Path(str(state.get("best_model_path", ""))).name
             if path.is_file():
                 return path
     return None
+
+
+def latest_checkpoint(paths: Iterable[Path]) -> Path | None:
+    """Return the checkpoint that closed most rounds (or steps); of equals, the shortest name: last.ckpt.
+
+    What they hold decides, never when they were written: clocks go backwards, and copies have the time of copying.
+
+    Raises:
+        RunError: there are several, and one of them cannot be read.
+    """
+    found = sorted(paths, key=lambda path: (len(path.name), path.name))
+    if len(found) < 2:
+        return found[0] if found else None
+    return max(found, key=lambda path: int(read_checkpoint(path).get("global_step", 0)))

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 
-from fkd_med.cli.best_weights import recorded_best
+from fkd_med.cli.best_weights import latest_checkpoint, recorded_best
 from fkd_med.errors import ConfigError, RunError
 from fkd_med.ranks import is_first_rank
 from fkd_med.rundir import RunDir
@@ -66,7 +66,7 @@ def settle(config: Namespace, command: str, files: list[str]) -> Plan:
         config.seed_everything = _stored_seed(run_dir.config, config.seed_everything)
         if _take_stored_manifest(config, run_dir.manifest):
             derived.add(("data", "init_args", "manifest"))
-    _fit_networks_to_data(config)
+    fit_networks_to_data(config)
     return plan
 
 
@@ -74,7 +74,7 @@ def saved_configuration(text: str, command: str, derived: set[tuple[str, ...]]) 
     """Return the configuration of one command, as a file that --config takes; `derived` keys are left open."""
     whole = yaml.safe_load(text)
     part = dict(whole.get(command, whole))
-    for name in ("config", "ckpt_path", "overwrite"):
+    for name in ("config", "ckpt_path", "overwrite", "resume"):
         part.pop(name, None)
     for *path, last in derived:
         inner = part
@@ -105,13 +105,13 @@ def _checkpoint(config: Namespace, command: str, asked: str | None) -> str | Non
             raise RunError(f"The checkpoint {asked} does not exist. Give a file, `last` or `best`.")
         return asked
     best = recorded_best(folder) if asked == "best" else None
-    found = [best] if best else sorted(folder.glob(f"{asked}*.ckpt"), key=lambda path: path.stat().st_mtime)
-    if not found:
+    found = best or latest_checkpoint(folder.glob(f"{asked}*.ckpt"))
+    if found is None:
         raise RunError(
             f"There is no {asked} checkpoint in {folder}. Start the run without --ckpt_path, or give the "
             "run_dir of the run that is meant."
         )
-    return str(found[-1])
+    return str(found)
 
 
 def _keeps_students(config: Namespace) -> bool:
@@ -133,7 +133,7 @@ def _take_stored_manifest(config: Namespace, manifest: Path) -> bool:
     return True
 
 
-def _fit_networks_to_data(config: Namespace) -> None:
+def fit_networks_to_data(config: Namespace) -> None:
     """Give every network in the configuration the channels, classes and image size of the data.
 
     Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,10 +12,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from fkd_med.checkpoints import LastCheckpoint
-from fkd_med.cli.configuration import saved_configuration, settle
+from fkd_med.cli.changes import Change
+from fkd_med.cli.configuration import settle
 from fkd_med.cli.console import wide_console
 from fkd_med.cli.report import Report
+from fkd_med.cli.resume import accepted_changes, record_changes, repeatable
+from fkd_med.cli.stored import quiet_tuples, settled_text
+from fkd_med.cli.wandb_parts import record_part, recorded_parts
 from fkd_med.data import FederatedDataModule
+from fkd_med.errors import RunError
 from fkd_med.federated import FederatedTrainer, Federation
 from fkd_med.federated.inner import as_list
 from fkd_med.federated.quiet import quiet
@@ -42,6 +46,7 @@ class FkdCLI(LightningCLI):
 
     def __init__(self, arguments: list[str], stack: ExitStack) -> None:
         self.stack = stack
+        self.changes: list[Change] = []
         self.console = wide_console()
         super().__init__(
             L.LightningModule,
@@ -52,7 +57,7 @@ class FkdCLI(LightningCLI):
             auto_configure_optimizers=False,
             save_config_callback=None,
             seed_everything_default=0,
-            args=arguments,
+            args=repeatable(arguments),
             parser_kwargs={name: {"exit_on_error": False} for name in self.subcommands()} | {"exit_on_error": False},
         )
 
@@ -72,7 +77,7 @@ class FkdCLI(LightningCLI):
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the keys of ours: federation, run_dir, overwrite, test_after_fit, checkpoint."""
+        """Add the keys of ours: federation, run_dir, overwrite, resume, test_after_fit, checkpoint."""
         parser.add_subclass_arguments(Federation, "federation", required=False)
         parser.link_arguments("federation", "trainer.federation", apply_on="instantiate")
         parser.add_argument(
@@ -82,6 +87,12 @@ class FkdCLI(LightningCLI):
             help="Folder of the run; runs/<name of the config file, with its folder>.",
         )
         parser.add_argument("--overwrite", action="store_true", help="Replace an earlier run in run_dir.")
+        parser.add_argument(
+            "--resume.allow",
+            type=list[str] | None,
+            default=None,
+            help="Keys, or beginnings of keys, that may differ from those the resumed run has; repeatable.",
+        )
         parser.add_argument("--test_after_fit", type=bool, default=True, help="Test the best weights at the end.")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
@@ -95,8 +106,7 @@ class FkdCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse without Lightning's warning that `args` were given from Python."""
-        with warnings.catch_warnings():  # tuples of albumentations become lists and tuples again: nothing is lost
-            warnings.filterwarnings("ignore", "(?s).*does not round-trip.*")
+        with quiet_tuples():
             self.config = parser.parse_args(args)
         self._config_files = [str(path) for path in self.config[self.config.subcommand].get("config") or []]
 
@@ -122,6 +132,7 @@ class FkdCLI(LightningCLI):
             config.ckpt_path = self.plan.checkpoint
         if command == "fit" and not config.trainer.fast_dev_run and is_first_rank():
             self.run_dir.check(config.overwrite, self.plan.resumes)
+            self.changes = accepted_changes(self.parser, self.config, self.plan)
         if config.seed_everything != seed:
             self._set_seed()
 
@@ -142,7 +153,8 @@ class FkdCLI(LightningCLI):
         config["logger"] = self._loggers(config.get("logger"))
         config["callbacks"] = as_list(config.get("callbacks"))
         # Only the run's own choice of weights goes into its images.csv; others are shown, not kept.
-        if self.subcommand == "fit" or (self.run_dir.exists() and self.plan.asked_for is None):
+        self._records = self.subcommand == "fit" or (self.run_dir.exists() and self.plan.asked_for is None)
+        if self._records:
             config["callbacks"].append(ImageRecorder(self.run_dir.images))
         trainer = super().instantiate_trainer(**kwargs)
         assert isinstance(trainer, FederatedTrainer)
@@ -154,10 +166,8 @@ class FkdCLI(LightningCLI):
         loggers = [logger for logger in as_list(configured) if not isinstance(logger, bool)]
         for logger in loggers:
             if isinstance(logger, WandbLogger):
-                stored = (
-                    self.run_dir.wandb_id.read_text() if self.plan.resumes and self.run_dir.wandb_id.is_file() else None
-                )
-                logger.place(str(self.run_dir.path), self.run_dir.path.name, stored)
+                stored, parts = recorded_parts(self.run_dir) if self.plan.resumes else (None, [])
+                logger.place(str(self.run_dir.path), self.run_dir.path.name, stored, parts)
                 self.stack.callback(logger.close, self.console)
         return [MetricsCSV(self.run_dir.metrics), *loggers]
 
@@ -196,9 +206,20 @@ class FkdCLI(LightningCLI):
 
     def _score(self, command: str, model: L.LightningModule, datamodule: Any, ckpt_path: str | None) -> None:
         self._name(model, datamodule)
+        if self._records and is_first_rank():
+            self._lock_to_record()
         run = getattr(self.trainer, command)
         run(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
         Report(self.trainer, model, datamodule, self.run_dir, self.console).show_table(model)
+
+    def _lock_to_record(self) -> None:
+        """Keep other processes out of the run while its images.csv grows."""
+        try:
+            self.stack.enter_context(self.run_dir.lock())
+        except RunError as error:
+            raise RunError(
+                f"{error} The scores of a checkpoint that is named (--ckpt_path FILE) are shown and not written there."
+            ) from error
 
     def teachers(self, model: L.LightningModule, datamodule: Any) -> None:
         """Train the teachers that do not exist yet."""
@@ -218,13 +239,11 @@ class FkdCLI(LightningCLI):
             model.arm = self.trainer.arm(getattr(datamodule, "client", None))
 
     def _write_configuration(self, datamodule: Any) -> None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "(?s).*does not round-trip.*")
-            text = self.parser.dump(self.config, skip_none=False, skip_link_targets=False)
-        dumped = saved_configuration(text, str(self.subcommand), self.plan.derived)
-        atomic_write_text(self.run_dir.config, dumped)
+        record_changes(self.run_dir, self.changes, self.plan.checkpoint)
+        atomic_write_text(self.run_dir.config, settled_text(self.parser, self.config, self.plan.derived))
         if isinstance(datamodule, FederatedDataModule) and not self.plan.resumes:
             datamodule.manifest.write(self.run_dir.manifest)
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger):
-                atomic_write_text(self.run_dir.wandb_id, logger.run_id)
+                record_part(self.run_dir, logger)
+                self.stack.callback(logger.close, self.console)  # before the run directory is unlocked

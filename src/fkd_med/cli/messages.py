@@ -126,7 +126,7 @@ def _unknown_key(text: str) -> str | None:
         r"No module named ['\"]([\w.]+)['\"]",
         r"has no attribute ['\"]([\w.]+)['\"]",
         r"Group '[\w.]*' does not accept (?:nested key|option)s? ['\"]([\w.+-]+)['\"]",
-        r"does not accept nested key ['\"]([\w.+-]+)['\"]",
+        r"does not accept (?:nested key|option) ['\"]([\w.+-]+)['\"]",
     )
     for pattern in patterns:
         match = re.search(pattern, text)
@@ -149,7 +149,7 @@ def _vocabulary() -> list[str]:
     classes = [cls for cls in classes if inspect.isclass(cls)]
     architectures = [cls for cls in vars(smp).values() if inspect.isclass(cls)]
     words = {"model", "data", "trainer", "federation", "run_dir", "overwrite", "test_after_fit", "checkpoint"}
-    words |= {"seed_everything", "ckpt_path", "config", "class_path", "init_args"}
+    words |= {"seed_everything", "ckpt_path", "config", "class_path", "init_args", "resume", "allow"}
     for cls in (*classes, L.Trainer, *architectures):
         words.add(cls.__name__)
         words |= set(inspect.signature(cls.__init__).parameters)

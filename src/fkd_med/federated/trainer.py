@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 
-from fkd_med.checkpoints import LastCheckpoint, SafeCheckpointIO, read_checkpoint
+from fkd_med.checkpoints import LastCheckpoint, SafeCheckpointIO, checkpoint_digest, read_checkpoint
 from fkd_med.communication import Ledger
 from fkd_med.distillation import TeacherMaps, sample_image
 from fkd_med.errors import ConfigError
@@ -64,7 +64,7 @@ class FederatedTrainer(L.Trainer):
         self.run_dir = RunDir(f"{self.default_root_dir}.fast-dev-run" if self.fast_dev_run else self.default_root_dir)
         self.reporter = Reporter()
         self._maps: dict[str, TeacherMaps] = {}
-        self._named_states: dict[tuple[str, int], set[tuple[str, int]]] = {}  # by checkpoint and time of writing
+        self._named_states: dict[str, set[tuple[str, int]]] = {}  # by checkpoint
         if federation is not None:
             self.fit_loop = FederatedLoop(self, federation)
 
@@ -219,7 +219,7 @@ class FederatedTrainer(L.Trainer):
         return needed
 
     def _states_in(self, path: str) -> set[tuple[str, int]]:
-        key = (path, Path(path).stat().st_mtime_ns)
+        key = checkpoint_digest(path)
         if key not in self._named_states:
             loops = read_checkpoint(path, "cpu").get("loops", {})
             stored = loops.get("fit_loop", {}).get("state_dict", {}).get("federation", {})

@@ -5,7 +5,10 @@ from __future__ import annotations
 import netrc
 import os
 import secrets
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
+from glob import escape as glob_escape
+from glob import glob
 from typing import Any
 from urllib.parse import urlparse
 
@@ -58,14 +61,23 @@ class WandbLogger(LightningWandbLogger):
             self._wandb_init.pop("anonymous", None)  # wandb warns of the mere word
         self._own_save_dir = save_dir is not None
         self._on_teacher_axis: set[str] = set()
+        self._earlier: list[str] = []
 
     @property
     def run_id(self) -> str:
         """The run's id in Weights & Biases."""
         return str(self._wandb_init["id"])
 
-    def place(self, run_dir: str, name: str, run_id: str | None = None) -> None:
-        """Put the files of a run that was not told where into its run directory; `run_id` goes on with that run."""
+    def place(self, run_dir: str, name: str, run_id: str | None = None, earlier: Sequence[str] = ()) -> None:
+        """Put the files of a run that was not told where into its run directory; `run_id` goes on with that run.
+
+        Args:
+            run_dir: the run directory.
+            name: the run's name, where none is configured.
+            run_id: the id of a run to go on with.
+            earlier: the folders in which earlier processes recorded that run, in their order.
+        """
+        self._earlier = list(earlier)
         if self._wandb_init.get("id") is None:
             self._id = self._wandb_init["id"] = run_id or secrets.token_hex(4)
         if not self._own_save_dir:
@@ -73,6 +85,16 @@ class WandbLogger(LightningWandbLogger):
             self._wandb_init["dir"] = run_dir
         if self._wandb_init.get("name") is None:
             self._name = self._wandb_init["name"] = name
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether the run is recorded to disk only, to be uploaded later."""
+        return bool(self._offline)
+
+    @property
+    def folder(self) -> str:
+        """The folder that this process records the run in; asking for it opens the run."""
+        return os.path.dirname(str(self.experiment.dir))
 
     @rank_zero_only
     def log_teacher(self, metrics: Mapping[str, float], epoch: int) -> None:
@@ -87,18 +109,33 @@ class WandbLogger(LightningWandbLogger):
         """End the run, so that a later one in this process gets its own; say how to sync an offline one."""
         if self._experiment is not None:
             folder = os.path.dirname(str(self._experiment.dir))
-            offline = bool(self._offline)
+            offline = self.is_offline
             self._experiment.finish()
             self._experiment = None
             if offline and console is not None:
-                shown = os.path.relpath(folder)
-                console.print(
-                    f"Weights & Biases: recorded offline; upload it with:  wandb sync {shown}",
-                    highlight=False,
-                    markup=False,
-                    soft_wrap=True,
-                )
+                for line in self._sync_lines(folder):
+                    console.print(line, highlight=False, markup=False, soft_wrap=True)
         if self._environment is None:
             os.environ.pop("WANDB_MODE", None)
         else:
             os.environ["WANDB_MODE"] = self._environment
+
+    def _sync_lines(self, folder: str) -> list[str]:
+        """Say how to upload what was recorded offline: a command for each part of the run, in their order."""
+        parts = [part for part in self._earlier if part != folder and _waits(part)] + [folder]
+        commands = [f"wandb sync {shlex.quote(os.path.relpath(part))}" for part in parts]
+        if len(commands) == 1:
+            return [f"Weights & Biases: recorded offline; upload it with:  {commands[0]}"]
+        return [
+            f"Weights & Biases: recorded offline, one run in {len(commands)} parts; upload them in this order:",
+            *(f"  {command}" for command in commands),
+        ]
+
+
+def _waits(folder: str) -> bool:
+    """Tell whether a folder holds an offline recording that was not uploaded yet.
+
+    The recording itself may appear late: another process writes it.
+    """
+    uploaded = glob(os.path.join(glob_escape(folder), "*.wandb.synced"))
+    return os.path.basename(folder).startswith("offline-") and os.path.isdir(folder) and not uploaded
