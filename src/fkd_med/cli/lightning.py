@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from fkd_med.checkpoints import LastCheckpoint
 from fkd_med.cli.configuration import saved_configuration, settle
 from fkd_med.cli.console import wide_console
+from fkd_med.cli.repeated import forget_rounds
 from fkd_med.cli.report import Report
 from fkd_med.data import FederatedDataModule
 from fkd_med.federated import FederatedTrainer, Federation
@@ -90,6 +91,7 @@ class FkdCLI(LightningCLI):
                 "checkpoint.filename": "best-{step}",
                 "checkpoint.monitor": "val/dice",
                 "checkpoint.mode": "max",
+                "checkpoint.enable_version_counter": False,  # a round that is repeated writes the same file again
             }
         )
 
@@ -171,20 +173,20 @@ class FkdCLI(LightningCLI):
         self._set_up_data(datamodule, "fit")
         if not fast and is_first_rank():
             self.stack.enter_context(self.run_dir.lock())
-            self.run_dir.create(overwrite=self.given.overwrite, resume=self.plan.resumes)
-            self._write_configuration(datamodule)
+            text = self._configuration()
+            trainer.goes_on = self.run_dir.begin(text, overwrite=self.given.overwrite, resume=self.plan.resumes)
+            self._write_configuration(text, datamodule)
+            if trainer.goes_on:
+                forget_rounds(trainer)
         initial = copy.deepcopy(model)
         for logger in trainer.loggers:
             logger.log_hyperparams({k: v for k, v in self.config_dump.items() if k != "config"})
-        try:
-            trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
-            if not fast:
-                report = Report(trainer, model, datamodule, self.run_dir, self.console)
-                report.write(initial) if self.given.test_after_fit else report.write_student()
-        except SystemExit as ended:  # how Lightning ends after Ctrl-C
-            raise KeyboardInterrupt from ended
+        trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
         if fast:
             self.console.print("fast_dev_run: every part ran once; nothing was kept.")
+            return
+        report = Report(trainer, model, datamodule, self.run_dir, self.console)
+        report.write(initial) if self.given.test_after_fit else report.write_student()
 
     def validate(self, model: L.LightningModule, datamodule: Any, ckpt_path: str | None = None, **kwargs: Any) -> None:
         """Score a checkpoint on validation images and print the table."""
@@ -217,12 +219,15 @@ class FkdCLI(LightningCLI):
         if isinstance(model, SegmentationModule):
             model.arm = self.trainer.arm(getattr(datamodule, "client", None))
 
-    def _write_configuration(self, datamodule: Any) -> None:
+    def _configuration(self) -> str:
+        """Return the resolved configuration, as a file that --config takes."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "(?s).*does not round-trip.*")
             text = self.parser.dump(self.config, skip_none=False, skip_link_targets=False)
-        dumped = saved_configuration(text, str(self.subcommand), self.plan.derived)
-        atomic_write_text(self.run_dir.config, dumped)
+        return saved_configuration(text, str(self.subcommand), self.plan.derived)
+
+    def _write_configuration(self, text: str, datamodule: Any) -> None:
+        atomic_write_text(self.run_dir.config, text)
         if isinstance(datamodule, FederatedDataModule) and not self.plan.resumes:
             datamodule.manifest.write(self.run_dir.manifest)
         for logger in self.trainer.loggers:
