@@ -57,6 +57,39 @@ def test_a_new_run_is_made_and_a_run_that_never_began_is_used_again(tmp_path: Pa
     run.create()
 
 
+@pytest.fixture
+def open_run(tmp_path: Path) -> RunDir:
+    """A run that was killed in its first round."""
+    run = RunDir(tmp_path / "open")
+    assert not run.begin("rounds: 3\n")
+    run.config.write_text("rounds: 3\n")
+    for path in (run.journal / "round-00001" / "a.json", run.client("a") / "state-00001.pt", run.metrics, run.images):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    return run
+
+
+def test_a_first_round_is_taken_up_again(open_run: RunDir) -> None:
+    (open_run.journal / "round-00001" / ".99999999-0123abcd.fkd-tmp").write_text("a killed write")
+    assert open_run.begin("rounds: 3\n")
+    kept = {"journal/round-00001/a.json", "clients/a/state-00001.pt", "metrics.csv"}
+    assert {str(p.relative_to(open_run.path)) for p in open_run.path.rglob("*") if p.is_file()} == {*kept, ".fkd-run"}
+
+
+@pytest.mark.parametrize("how", [{"overwrite": True}, {"text": "rounds: 4\n"}])
+def test_another_configuration_or_overwrite_begins_afresh(open_run: RunDir, how: dict[str, Any]) -> None:
+    assert not open_run.begin(how.pop("text", "rounds: 3\n"), **how)
+    assert {p.name for p in open_run.path.rglob("*") if p.is_file()} == {".fkd-run"}
+
+
+def test_a_run_with_a_closed_round_is_resumed_or_refused(open_run: RunDir) -> None:
+    (open_run.checkpoints / "last.ckpt").write_text("x")
+    with pytest.raises(RunError, match="--ckpt_path last"):
+        open_run.begin("rounds: 3\n")
+    assert not open_run.begin("rounds: 3\n", resume=True)
+    assert open_run.images.exists()
+
+
 def test_an_existing_run_is_refused_with_the_remedies(run: RunDir) -> None:
     before = tree(run.path)
     with pytest.raises(RunError, match=r"--ckpt_path last.*--overwrite"):

@@ -7,6 +7,7 @@ a kill at any instant leaves the old file or the new one.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import secrets
@@ -110,6 +111,15 @@ def append_text(path: str | Path, text: str) -> None:
                 raise
     except OSError as error:
         raise write_error(path, error) from error
+
+
+def file_digest(path: str | Path) -> str | None:
+    """Return the SHA-256 of a file, or None if there is none that can be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
 
 
 def remove_leftovers(folder: str | Path) -> list[Path]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -28,6 +28,8 @@ _FOLDERS = ("journal", "checkpoints", "clients", "pictures")
 _OURS = ("checkpoints", "journal", "student.ckpt", "clients", "ledger.csv", "absences.csv", "images.csv",
          "metrics.csv", "pictures", "shared-teachers", "report.md", "manifest.csv", "config.yaml",
          "config-started.yaml", "config-changes.csv", "wandb-id.txt")  # fmt: skip
+# What a run that was interrupted in its first round takes up again: who has finished, and the teachers' curves.
+_OF_FIRST_ROUND = ("journal", "clients", "metrics.csv")
 _BASELINE = "local"  # the run inside a run in which every client trains alone
 
 
@@ -142,12 +144,31 @@ class RunDir:
                 "replace it with `--overwrite`, or choose another folder."
             )
 
-    def create(self, overwrite: bool = False, resume: bool = False) -> None:
+    def begin(self, configuration: str, overwrite: bool = False, resume: bool = False) -> bool:
+        """Make the folder ready for a run; tell whether it takes up one that was interrupted in its first round.
+
+        Args:
+            configuration: the resolved configuration, as `config` will hold it.
+            overwrite: see `create`.
+            resume: see `create`.
+
+        Raises:
+            RunError: as `create`.
+        """
+        try:
+            same = not overwrite and self._is_empty() and self.config.read_text(encoding="utf-8") == configuration
+        except (OSError, ValueError):
+            same = False
+        self.create(overwrite, resume, keep=_OF_FIRST_ROUND if same else ())
+        return same
+
+    def create(self, overwrite: bool = False, resume: bool = False, keep: Collection[str] = ()) -> None:
         """Make the folder ready for a run; all of it, or nothing.
 
         Args:
             overwrite: remove an earlier run's files first (only files a run writes; others stay).
             resume: continue the run that is here.
+            keep: names of an earlier run's files that stay, if it is neither resumed nor overwritten.
 
         Raises:
             RunError: a run is here and neither was asked for; nothing to resume; the folder holds other things;
@@ -157,7 +178,8 @@ class RunDir:
         if resume:
             remove_leftovers(self.path)
         elif self.path.is_dir():
-            self._remove_ours()
+            remove_leftovers(self.path)
+            self._remove_ours(keep)
         with self._nothing_half_made():
             atomic_write_text(self.path / _MARKER, json.dumps({"format": "fkd-med run", "version": 1}) + "\n")
             for folder in _FOLDERS:
@@ -205,12 +227,12 @@ class RunDir:
                 f"another folder; if that process no longer runs, delete {self.path / _LOCK}."
             )
 
-    def _remove_ours(self) -> None:
+    def _remove_ours(self, keep: Collection[str] = ()) -> None:
         baseline = RunDir(self.path / _BASELINE)
         if (baseline.path / _MARKER).is_file():
             baseline._remove_ours()
         try:
-            for name in _OURS:
+            for name in (name for name in _OURS if name not in keep):
                 path = self.path / name
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)

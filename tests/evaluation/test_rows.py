@@ -122,6 +122,15 @@ def test_resume_drops_later_rounds_only(tmp_path: Path) -> None:
     assert [r.round for r in ImageTable.read(path)] == [-1, 0, 1, 2, 3]
 
 
+def test_a_split_that_is_scored_again_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "images.csv"
+    ImageTable.drop_split(path, "test")
+    assert not path.exists()
+    ImageTable.append(path, [ROW, replace(ROW, split="test"), replace(ROW, round=9)])
+    ImageTable.drop_split(path, "test")
+    assert [row.round for row in ImageTable.read(path)] == [ROW.round, 9]
+
+
 def test_latest_takes_the_last_written_round_of_each_client(tmp_path: Path) -> None:
     test = replace(ROW, split="test")
     table = ImageTable((

@@ -379,6 +379,21 @@ def test_interrupted_training_resumes_at_the_epoch(fed, tmp_path) -> None:
     assert not (cut.parent / "training").exists()
 
 
+def test_killed_between_weights_and_note(fed, tmp_path, monkeypatch) -> None:
+    """All epochs are done and nothing is left to train: the note still says how good the teacher is."""
+    whole = ensure(fed, fed.teacher_stage(tmp_path / "whole"))
+
+    def die(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("fkd_med.federated.teachers.atomic_write_text", die)
+        ensure(fed, fed.teacher_stage(tmp_path / "cut"))
+    cut = ensure(fed, fed.teacher_stage(tmp_path / "cut"))
+    assert cut.with_suffix(".json").read_text() == whole.with_suffix(".json").read_text()
+    assert json.loads(cut.with_suffix(".json").read_text())["best_val_dice"] >= 0
+
+
 def test_two_processes_train_once(fed, tmp_path) -> None:
     def child() -> None:
         code = 1

@@ -69,3 +69,35 @@ def test_names_with_commas_survive(tmp_path) -> None:
     logger.log_metrics({'St. Mary, "West"/val_dice': 0.5}, step=1)
     logger.drop_after(1)
     assert rows(tmp_path / "metrics.csv")[1] == ["1", 'St. Mary, "West"/val_dice', "0.5"]
+
+
+def test_a_teachers_epoch_that_comes_again_stands_there_once(tmp_path) -> None:
+    """Killed after the epoch was logged and before it was saved; the torn line is of the kill too."""
+    path = tmp_path / "metrics.csv"
+    first = MetricsCSV(path)
+    for epoch in (1, 2):
+        first.log_teacher({"teacher/a/val/dice": epoch / 10, "teacher/a/val/loss": 1.0}, epoch)
+    whole = path.read_text()
+    with path.open("a") as file:
+        file.write("3,teacher/a/val/di")
+    again = MetricsCSV(path)
+    again.log_teacher({"teacher/a/val/dice": 0.2, "teacher/a/val/loss": 1.0}, epoch=2)
+    assert path.read_text() == whole
+    again.log_teacher({"teacher/b/val/dice": 0.5}, epoch=1)
+    assert path.read_text() == whole + "1,teacher/b/val/dice,0.5\n"
+
+
+def test_a_torn_line_is_dropped_though_it_could_be_read(tmp_path) -> None:
+    path = tmp_path / "metrics.csv"
+    MetricsCSV(path).log_metrics({"val/dice": 0.25}, step=1)
+    with path.open("a") as file:
+        file.write("1,val/loss,0.1")  # of 0.125
+    MetricsCSV(path).drop_after(1)
+    assert rows(path)[1:] == [["1", "val/dice", "0.25"]]
+
+
+def test_drop_tests_keeps_all_else(tmp_path) -> None:
+    path = tmp_path / "metrics.csv"
+    MetricsCSV(path).log_metrics({"test/dice": 0.1, "a/test_dice": 0.2, "val/dice": 0.3, "a/val_dice": 0.4}, step=2)
+    MetricsCSV(path).drop_tests()
+    assert rows(path)[1:] == [["2", "a/val_dice", "0.4"], ["2", "val/dice", "0.3"]]

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
     0 is success, 1 an unexpected error, 2 wrong input or configuration, 3 a training that could not go on,
-    130 an interruption by the user.
+    130 an interruption by the user (Ctrl-C), 143 one by the system (SIGTERM).
 
     Args:
         argv: the arguments after the program's name; those of this process when left out.
@@ -48,8 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fkd-med {version('fkd-med')}")
         return 0
     from fkd_med.cli.messages import explained
+    from fkd_med.cli.signals import terminable
 
-    with explained(arguments, debug) as outcome:
+    with terminable(), explained(arguments, debug) as outcome:
         run = _command(arguments[0])
         run(arguments[1:])
     return outcome.code

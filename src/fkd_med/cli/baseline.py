@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from fkd_med.checkpoints import LastCheckpoint
 from fkd_med.cli.best_weights import best_checkpoint
+from fkd_med.cli.repeated import forget_rounds, forget_tests
 from fkd_med.federated import FederatedTrainer
 from fkd_med.federated.quiet import quiet
 from fkd_med.files import atomic_write_text
@@ -31,19 +32,25 @@ def train_alone(trainer: FederatedTrainer, module: SegmentationModule, data: Any
     run = RunDir(run_dir.path / "local")
     last = run.checkpoints / "last.ckpt"
     resume = last.exists()
+    goes_on = False
     if trainer.is_global_zero:
-        run.create(overwrite=not resume, resume=resume)
-        _write_configuration(run, run_dir)
+        text = _configuration(run, run_dir)
+        goes_on = run.begin(text, resume=resume)
+        atomic_write_text(run.config, text)
     trainer.reporter.line("the same students, each hospital alone:")
     alone = _trainer(trainer, run)
+    alone.goes_on = goes_on
+    if goes_on:
+        forget_rounds(alone)
     alone.fit_loop.max_epochs = trainer.global_step  # the budget of the run, also if it stopped early
     module.arm = alone.arm()
     with quiet():
         alone.fit(module, datamodule=data, ckpt_path=str(last) if resume else None)
+        forget_tests(alone, run)
         alone.test(module, datamodule=data, ckpt_path=best_checkpoint(alone), verbose=False)
 
 
-def _write_configuration(run: RunDir, federated: RunDir) -> None:
+def _configuration(run: RunDir, federated: RunDir) -> str:
     config = yaml.safe_load(federated.config.read_text())
     alone = {
         "aggregator": None,
@@ -54,7 +61,7 @@ def _write_configuration(run: RunDir, federated: RunDir) -> None:
     }
     config["federation"]["init_args"] |= alone
     config["run_dir"] = str(run.path)
-    atomic_write_text(run.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
 
 
 def _trainer(trainer: FederatedTrainer, run: RunDir) -> FederatedTrainer:
@@ -63,7 +70,9 @@ def _trainer(trainer: FederatedTrainer, run: RunDir) -> FederatedTrainer:
     federation = trainer.federation.alone()
     kept = ("limit_val_batches", "limit_test_batches", "check_val_every_n_epoch")
     flags = {name: trainer.flags[name] for name in kept if trainer.flags.get(name) is not None}
-    best = ModelCheckpoint(dirpath=run.checkpoints, filename="best-{step}", monitor="val/dice", mode="max")
+    best = ModelCheckpoint(
+        dirpath=run.checkpoints, filename="best-{step}", monitor="val/dice", mode="max", enable_version_counter=False
+    )
     with quiet():
         return FederatedTrainer(
             **{**trainer.inner_flags, **flags},

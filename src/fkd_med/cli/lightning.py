@@ -15,6 +15,7 @@ from fkd_med.checkpoints import LastCheckpoint
 from fkd_med.cli.changes import Change
 from fkd_med.cli.configuration import settle
 from fkd_med.cli.console import wide_console
+from fkd_med.cli.repeated import forget_rounds
 from fkd_med.cli.report import Report
 from fkd_med.cli.resume import accepted_changes, record_changes, repeatable
 from fkd_med.cli.stored import quiet_tuples, settled_text
@@ -101,6 +102,7 @@ class FkdCLI(LightningCLI):
                 "checkpoint.filename": "best-{step}",
                 "checkpoint.monitor": "val/dice",
                 "checkpoint.mode": "max",
+                "checkpoint.enable_version_counter": False,  # a round that is repeated writes the same file again
             }
         )
 
@@ -181,20 +183,20 @@ class FkdCLI(LightningCLI):
         self._set_up_data(datamodule, "fit")
         if not fast and is_first_rank():
             self.stack.enter_context(self.run_dir.lock())
-            self.run_dir.create(overwrite=self.given.overwrite, resume=self.plan.resumes)
-            self._write_configuration(datamodule)
+            text = settled_text(self.parser, self.config, self.plan.derived)
+            trainer.goes_on = self.run_dir.begin(text, overwrite=self.given.overwrite, resume=self.plan.resumes)
+            self._write_configuration(text, datamodule)
+            if trainer.goes_on:
+                forget_rounds(trainer)
         initial = copy.deepcopy(model)
         for logger in trainer.loggers:
             logger.log_hyperparams({k: v for k, v in self.config_dump.items() if k != "config"})
-        try:
-            trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
-            if not fast:
-                report = Report(trainer, model, datamodule, self.run_dir, self.console)
-                report.write(initial) if self.given.test_after_fit else report.write_student()
-        except SystemExit as ended:  # how Lightning ends after Ctrl-C
-            raise KeyboardInterrupt from ended
+        trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
         if fast:
             self.console.print("fast_dev_run: every part ran once; nothing was kept.")
+            return
+        report = Report(trainer, model, datamodule, self.run_dir, self.console)
+        report.write(initial) if self.given.test_after_fit else report.write_student()
 
     def validate(self, model: L.LightningModule, datamodule: Any, ckpt_path: str | None = None, **kwargs: Any) -> None:
         """Score a checkpoint on validation images and print the table."""
@@ -238,9 +240,9 @@ class FkdCLI(LightningCLI):
         if isinstance(model, SegmentationModule):
             model.arm = self.trainer.arm(getattr(datamodule, "client", None))
 
-    def _write_configuration(self, datamodule: Any) -> None:
+    def _write_configuration(self, text: str, datamodule: Any) -> None:
         record_changes(self.run_dir, self.changes, self.plan.checkpoint)
-        atomic_write_text(self.run_dir.config, settled_text(self.parser, self.config, self.plan.derived))
+        atomic_write_text(self.run_dir.config, text)
         if isinstance(datamodule, FederatedDataModule) and not self.plan.resumes:
             datamodule.manifest.write(self.run_dir.manifest)
         for logger in self.trainer.loggers:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from jsonargparse import ArgumentError
 
+from fkd_med.cli.signals import TERMINATED, interruption
 from fkd_med.errors import ConfigError, FkdError
 
 _NETWORK = (
@@ -48,12 +49,16 @@ def explained(arguments: list[str], debug: bool) -> Iterator[Outcome]:
     except ArgumentError as error:
         outcome.code = 2
         _print(explain_arguments(str(error)), debug)
-    except SystemExit as error:
-        outcome.code = error.code if isinstance(error.code, int) else int(error.code is not None)
-    except KeyboardInterrupt:
-        outcome.code = 130
+    except (SystemExit, KeyboardInterrupt) as error:
+        code = interruption(error)
+        if code is None:
+            assert isinstance(error, SystemExit)
+            outcome.code = error.code if isinstance(error.code, int) else int(error.code is not None)
+            return
+        outcome.code = code
         advice = " Run the same command again: with `--ckpt_path last` once a round (or epoch) was closed."
-        print("\nInterrupted." + (advice if arguments[0] == "fit" else ""), file=sys.stderr)
+        word = "Terminated" if code == TERMINATED else "Interrupted"
+        print(f"\n{word}." + (advice if arguments[0] == "fit" else ""), file=sys.stderr)
     except Exception as error:
         outcome.code = 1
         cause = user_error(error)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fkd_med.checkpoints import read_checkpoint, write_checkpoint
 from fkd_med.cli.baseline import train_alone
 from fkd_med.cli.best_weights import best_checkpoint
+from fkd_med.cli.repeated import forget_tests
 from fkd_med.cli.showcase import Predictor, module_predictor, sample, teacher_predictor
 from fkd_med.communication import TEACHER, Ledger, counterfactual_bytes
 from fkd_med.evaluation import (
@@ -61,6 +62,7 @@ class Report:
             with quiet():
                 trainer.test(model, datamodule=self.data, ckpt_path=best_checkpoint(trainer))
             return
+        forget_tests(trainer, self.run_dir)
         model.evaluated = []  # without a test image, the rows of the last validation would stay
         with quiet():
             trainer.test(model, datamodule=self.data, ckpt_path=best_checkpoint(trainer), verbose=False)

@@ -14,7 +14,8 @@ Verdict = Literal["decides", "harmless"]
 _DECIDES = {
     "": "seed_everything data model",
     "federation": """rounds local_epochs local_steps aggregator fraction participation quorum firewall client_rules
-        uplink downlink batch_norm personal frozen optimizer_state client_callbacks chaos threads""",
+        uplink downlink batch_norm personal frozen optimizer_state client_callbacks chaos threads server_distillation
+        share_logits share_teachers""",
     "trainer": """accelerator strategy devices num_nodes precision callbacks fast_dev_run max_epochs min_epochs
         max_steps min_steps limit_train_batches limit_val_batches overfit_batches val_check_interval
         check_val_every_n_epoch accumulate_grad_batches gradient_clip_val gradient_clip_algorithm

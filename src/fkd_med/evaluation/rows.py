@@ -11,7 +11,7 @@ import csv
 import io
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,10 +117,18 @@ class ImageTable:
     @staticmethod
     def drop_after(path: Path, round: int) -> None:
         """Drop the rows of rounds after `round`, which a resumed run will write again; atomic, no file is no error."""
-        if not Path(path).exists():
-            return
-        table = ImageTable.read(path)
-        atomic_write_text(Path(path), _HEADER + _format(r for r in table if r.round <= round))
+        _keep(Path(path), lambda row: row.round <= round)
+
+    @staticmethod
+    def drop_split(path: Path, split: str) -> None:
+        """Drop the rows of a split, before it is scored again; atomic, no file is no error."""
+        _keep(Path(path), lambda row: row.split != split)
+
+
+def _keep(path: Path, wanted: Callable[[ImageRow], bool]) -> None:
+    if path.exists():
+        rows = ImageTable.read(path).rows
+        atomic_write_text(path, _HEADER + _format(row for row in rows if wanted(row)))
 
 
 def group_arms(rows: Iterable[ImageRow]) -> dict[str, list[ImageRow]]:

@@ -84,8 +84,9 @@ class ClientStates:
             ) from error
 
     def save(self, client: str, round: int, state: ClientState) -> None:
-        """Write a client's state after a round and make it current."""
+        """Write a client's state after a round; an empty one takes away what an interrupted attempt had left."""
         if state.is_empty:
+            self.path(client, round).unlink(missing_ok=True)
             return
         write_checkpoint(vars(state), self.path(client, round))
 

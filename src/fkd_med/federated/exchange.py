@@ -99,21 +99,35 @@ class Exchange:
         seed = derive_seed(self.seed, "uplink", update.round, update.client)
         packed = self.packing("up", update.round).pack(update, broadcast.state, residual, seed)
         self.ledger.record_message(update.round, update.client, "up", packed.data)
-        path = self.journal / f"round-{update.round:05d}" / f"{check_client_name(update.client)}.update"
+        path = self.path(update.client, update.round)
         if self.writes:
             atomic_write_bytes(path, packed.data)
         return path, packed.residual or {}
+
+    def count_again(self, client: str, round: int) -> Path:
+        """Count an update that was sent before the run was interrupted; return its file."""
+        path = self.path(client, round)
+        self.ledger.record_message(round, client, "up", path.read_bytes())
+        return path
+
+    def folder(self, round: int) -> Path:
+        """Return the journal's folder of a round."""
+        return self.journal / f"round-{round:05d}"
+
+    def path(self, client: str, round: int) -> Path:
+        """Return the file of a client's update."""
+        return self.folder(round) / f"{check_client_name(client)}.update"
 
     def updates(self, files: dict[str, Path], broadcast: Broadcast) -> StoredUpdates:
         """Return the updates of a round, for the aggregator."""
         return StoredUpdates(self, files, broadcast)
 
-    def forget(self, round: int) -> None:
-        """Delete the updates of a closed round and of those before it."""
+    def forget(self, round: int | None) -> None:
+        """Delete what the journal holds of a closed round and of those before it; None deletes all of it."""
         if not self.writes:
             return
         for folder in self.journal.glob("round-*"):
-            if folder.name <= f"round-{round:05d}":
+            if round is None or folder.name <= self.folder(round).name:
                 for path in folder.iterdir():
                     path.unlink()
                 folder.rmdir()

@@ -14,6 +14,7 @@ from fkd_med.federated.absences import Absence, Absences, Kind
 from fkd_med.federated.client import ClientWorker
 from fkd_med.federated.exchange import Exchange
 from fkd_med.federated.federation import Federation
+from fkd_med.federated.journal import Journal
 from fkd_med.federated.progress import Reporter
 from fkd_med.ranks import is_first_rank
 
@@ -36,6 +37,7 @@ class Gathering:
     ) -> None:  # fmt: skip
         self.federation, self.worker, self.exchange = federation, worker, exchange
         self.absences, self.reporter, self.can_go_on = absences, reporter, can_go_on
+        self.journal = Journal(exchange, worker)
         self.metrics: dict[str, float] = {}
         """What the clients of the round measured, as ``<client>/<metric>``."""
 
@@ -61,6 +63,9 @@ class Gathering:
             return None
         if event == "fail":
             raise TrainingError(f"Client {client}: simulated failure in round {round} (federation.chaos).")
+        found = self.journal.find(client, broadcast)
+        if found is not None and event == "fine":
+            return self._found(client, round, found)
         try:
             update = self.worker.fit(client, broadcast)
         except torch.OutOfMemoryError as error:
@@ -72,10 +77,24 @@ class Gathering:
             time.sleep(chaos.seconds)
             self._miss(round, client, "late")
             return None
-        self.metrics |= {f"{client}/{name}": value for name, value in update.metrics.items()}
+        self._measured(client, update.metrics)
+        path = self.worker.states.path(client, round)
+        if not self.federation.is_local:
+            path = self._sent(update if chaos is None else chaos.corrupt(update, broadcast, seed), broadcast)
+        self.journal.note(client, broadcast, update.metrics)
+        return path
+
+    def _found(self, client: str, round: int, metrics: dict[str, float]) -> Path:
+        """Take a client's update as it came before the run was interrupted."""
+        what = "training" if self.federation.is_local else "update"
+        self.reporter.line(f"round {round}: {what} of {client} found in the journal")
+        self._measured(client, metrics)
         if self.federation.is_local:
             return self.worker.states.path(client, round)
-        return self._sent(update if chaos is None else chaos.corrupt(update, broadcast, seed), broadcast)
+        return self.exchange.count_again(client, round)
+
+    def _measured(self, client: str, metrics: dict[str, float]) -> None:
+        self.metrics |= {f"{client}/{name}": value for name, value in metrics.items()}
 
     def _sent(self, update: Update, broadcast: Broadcast) -> Path:
         """Send an update; what its packing could not send stays with the client, as part of the state it leads to."""

@@ -127,6 +127,7 @@ class FederatedLoop(_FitLoop):
         self.gathering = Gathering(
             self.federation, self._worker, self.exchange, absences, trainer.reporter, trainer.world_size == 1
         )
+        self.exchange.forget(self.round - 1 if self._restored or trainer.goes_on else None)
         trainer.ensure_teachers(self.clients, ledger)
         self._combined_loader = CombinedLoader([])
         self.max_batches = self.trainer.val_check_batch = len(self._choose(1))

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save
 from torch import nn
@@ -29,7 +28,7 @@ from fkd_med.federated.teacher_key import teacher_key
 from fkd_med.files import atomic_write_bytes, atomic_write_text
 from fkd_med.locks import queued
 from fkd_med.modules import SegmentationModule, TeacherSource
-from fkd_med.ranks import is_first_rank
+from fkd_med.ranks import as_first_rank_says, is_first_rank
 from fkd_med.seeding import global_seed, seeded
 
 POOLED = "all-clients"
@@ -86,10 +85,10 @@ class TeacherStage(TeacherSource):
         folder = self.store / f"{name}-{key[:16]}"
         path = folder / "teacher.safetensors"
         reporter = options.get("reporter") or Reporter(enabled=False)
-        found = _as_rank_zero_says(is_whole(path, key))
+        found = as_first_rank_says(is_whole(path, key))
         if not found:
             with self._queued(folder / "lock"):
-                found = _as_rank_zero_says(is_whole(path, key))  # another process may have trained it meanwhile
+                found = as_first_rank_says(is_whole(path, key))  # another process may have trained it meanwhile
                 if not found:
                     around = {**options, "flags": flags, "reporter": reporter}
                     self._train(client, data, folder, key, description, around)
@@ -164,7 +163,7 @@ class TeacherStage(TeacherSource):
         epochs = self._length(options["flags"])
         if epochs == 0:
             self._store(folder, "", module, name, key, description, TeacherCurve(name, 0, reporter))
-            _as_rank_zero_says(True)  # the others wait until it is written
+            as_first_rank_says(True)  # the others wait until it is written
             return
         best = ModelCheckpoint(
             dirpath=folder / "training", filename="best", monitor="val/dice", mode="max", enable_version_counter=False
@@ -217,7 +216,11 @@ class TeacherCurve(L.Callback):
         # Not `self.log`: Lightning puts its own there, on every callback.
         self.name, self.epochs, self.reporter, self.send = name, epochs, reporter, log
         self.rows: list[dict[str, float]] = []
-        self.best = float("nan")
+
+    @property
+    def best(self) -> float:
+        """The best validation Dice so far; of an interrupted training too, even if nothing was left to train."""
+        return max([row["val/dice"] for row in self.rows if "val/dice" in row], default=float("nan"))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count epochs that an earlier, interrupted training has done."""
@@ -230,7 +233,6 @@ class TeacherCurve(L.Callback):
             metrics["train/loss"] = float(trainer.callback_metrics["train/loss_epoch"])
         epoch = trainer.current_epoch + 1
         self.rows.append({"epoch": epoch, **metrics})
-        self.best = max([row["val/dice"] for row in self.rows if "val/dice" in row], default=float("nan"))
         if self.send is not None and trainer.is_global_zero:
             self.send({f"teacher/{self.name}/{k}": v for k, v in metrics.items()}, epoch)
         self.reporter.advance()
@@ -248,12 +250,3 @@ class TeacherCurve(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the curve of an interrupted training."""
         self.rows = list(state_dict["rows"])
-
-
-def _as_rank_zero_says(value: bool) -> bool:
-    """Return the value of rank 0: another process may write a teacher between two ranks' looks at it."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        said = [value]
-        torch.distributed.broadcast_object_list(said, src=0)
-        return said[0]
-    return value

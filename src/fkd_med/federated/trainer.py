@@ -62,6 +62,7 @@ class FederatedTrainer(L.Trainer):
         super().__init__(*args, **kwargs)
         # A trial run must not touch the run that may lie in its folder.
         self.run_dir = RunDir(f"{self.default_root_dir}.fast-dev-run" if self.fast_dev_run else self.default_root_dir)
+        self.goes_on = False  # without a checkpoint, with the journal of a first round that was interrupted
         self.reporter = Reporter()
         self._maps: dict[str, TeacherMaps] = {}
         self._named_states: dict[str, set[tuple[str, int]]] = {}  # by checkpoint

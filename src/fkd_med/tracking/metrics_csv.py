@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class MetricsCSV(Logger):
     def __init__(self, path: str | Path) -> None:
         super().__init__()
         self.path = Path(path)
+        self._teachers: set[str] = set()
 
     @property
     def name(self) -> str:
@@ -58,7 +59,14 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_teacher(self, metrics: Mapping[str, float], epoch: int) -> None:
-        """Append a teacher's metrics after one of its epochs."""
+        """Append a teacher's metrics after one of its epochs.
+
+        A process that was killed may have logged an epoch, and not yet have saved it: it comes again.
+        """
+        new = metrics.keys() - self._teachers
+        if new:
+            self._teachers |= new
+            self._keep(lambda step, name: name not in new or step < epoch)
         self._append(metrics, epoch)
 
     @rank_zero_only
@@ -68,11 +76,22 @@ class MetricsCSV(Logger):
     @rank_zero_only
     def drop_after(self, step: int) -> None:
         """Forget lines of later steps, which a resumed run writes again; teachers' lines stay."""
+        self._keep(lambda at, name: name.startswith("teacher/") or at <= step)
+
+    @rank_zero_only
+    def drop_tests(self) -> None:
+        """Forget the lines of a test, which is made again."""
+        self._keep(lambda _, name: not (name.startswith("test/") or name.endswith("/test_dice")))
+
+    def _keep(self, wanted: Callable[[int, str], bool]) -> None:
+        """Rewrite the file without the lines that are not wanted, and without torn ones."""
         if not self.path.exists():
             return
-        lines = list(csv.reader(self.path.read_text().splitlines()[1:]))
-        kept = [line for line in lines if len(line) == 3 and (line[1].startswith("teacher/") or int(line[0]) <= step)]
-        atomic_write_text(self.path, _HEADER + _format(kept))
+        whole, _, torn = self.path.read_text().rpartition("\n")
+        lines = list(csv.reader(whole.splitlines()[1:]))
+        kept = [line for line in lines if len(line) == 3 and wanted(int(line[0]), line[1])]
+        if torn or kept != lines:
+            atomic_write_text(self.path, _HEADER + _format(kept))
 
     def _append(self, metrics: Mapping[str, float], step: int) -> None:
         rows = [[step, name, repr(_number(value))] for name, value in sorted(metrics.items())]
