@@ -231,6 +231,7 @@ def _be_the_run(folder: Path, argv: list[str], install: Callable[[], None] | Non
     """Become the run; never return."""
     code = 99
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits a deaf ear
         os.chdir(folder)
         log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)

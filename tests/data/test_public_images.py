@@ -60,6 +60,17 @@ def test_items_are_in_order_and_prepared_as_the_clients_images(folder: Path, mon
     assert all(torch.equal(one["image"], images[i]["image"]) for i, one in enumerate(read_public(folder, SAME, [])))
 
 
+def test_the_digest_is_of_names_and_pixels(folder: Path) -> None:
+    before = read_public(folder, SAME, []).digest
+    Image.open(folder / "a.tif").save(folder / "a.png")  # the same pixels in another format
+    (folder / "a.tif").unlink()
+    assert read_public(folder, SAME, []).digest == before
+    (folder / "a.png").rename(folder / "d.png")
+    renamed = read_public(folder, SAME, []).digest
+    save(folder / "d.png", 77)
+    assert len({before, renamed, read_public(folder, SAME, []).digest}) == 3
+
+
 def test_grey_pipelines_get_one_channel(folder: Path) -> None:
     grey = Preprocessing.checked(32, "stretch", 1)
     one = read_public(folder, grey, [])[2]["image"]

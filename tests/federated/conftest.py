@@ -66,6 +66,7 @@ class Public(Dataset):
 
     def __init__(self, count: int) -> None:
         self.images = torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(3))
+        self.digest = f"{count} images"
 
     def __len__(self) -> int:
         return len(self.images)

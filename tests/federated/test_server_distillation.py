@@ -15,7 +15,7 @@ from torch import nn
 
 from fkd_med.aggregation import FedAvg
 from fkd_med.communication import Update
-from fkd_med.errors import ConfigError, TrainingError
+from fkd_med.errors import ConfigError, RunError, TrainingError
 from fkd_med.federated import Chaos, FedDF, Federation, ServerDistillation, ServerWork, feddf
 from fkd_med.federated.policy import TensorPolicy
 from fkd_med.federated.public_learning import mean_answers, minibatches
@@ -227,6 +227,15 @@ def test_resumed_run_is_bit_identical(fed, tmp_path) -> None:
     _, halves = run(fed, tmp_path / "halves", 3, str(tmp_path / "halves/checkpoints/last.ckpt"), **recipe)
     assert fed.same(fed.weights(whole), fed.weights(halves))
     assert (tmp_path / "whole/metrics.csv").read_text() == (tmp_path / "halves/metrics.csv").read_text()
+
+
+def test_other_public_images_are_refused_on_resume(fed, tmp_path) -> None:
+    recipe = {"server_distillation": FedDF(steps=1, batch_size=4)}
+    run(fed, tmp_path, 1, **recipe)
+    last = str(tmp_path / "checkpoints/last.ckpt")
+    with pytest.raises(RunError, match=r"data.public holds other images"):
+        run(fed, tmp_path, 2, last, data=fed.Hospitals(public=9), **recipe)
+    run(fed, tmp_path, 2, last, **recipe)
 
 
 def test_nothing_more_travels_and_clients_draw_the_same(fed, tmp_path, captured) -> None:

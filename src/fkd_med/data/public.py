@@ -6,6 +6,8 @@ score a lie, so it is refused.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -53,6 +55,12 @@ class PublicImages(Dataset[Item]):
     def ids(self) -> list[str]:
         """The ids of the images, in order."""
         return list(self._ids)
+
+    @property
+    def digest(self) -> str:
+        """Hash of all ids and pixels: the same images under the same names."""
+        pixels = [sorted([name, pixel] for pixel, name in alike.items()) for alike in self.pixels.values()]
+        return hashlib.sha256(json.dumps([self._ids, sorted(pixels)]).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._ids)

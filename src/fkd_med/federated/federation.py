@@ -114,6 +114,8 @@ class Federation:
         self.share_logits = share_logits
         self.logits: PublicLogits | None = None
         """What logits on public images look like; known once a run begins that shares them."""
+        self.public: str = ""
+        """Hash of the public images, once a run begins that learns from them."""
         self.optimizer_state = optimizer_state
         if share_teachers and aggregator is None:
             raise ConfigError("federation.share_teachers: true, and with `aggregator: null` nothing travels: keep one.")
@@ -186,7 +188,11 @@ class Federation:
         self.logits = shared_logits(student, data) if self.share_logits else None
         if self.server_distillation is not None:
             self.server_distillation.check(student, self.policy)
-            public_images(data, type(self.server_distillation).__name__)
+        learner = (
+            "federation.share_logits" if self.server_distillation is None else type(self.server_distillation).__name__
+        )
+        if self.server_distillation is not None or self.share_logits:
+            self.public = getattr(public_images(data, learner), "digest", "")
 
     @property
     def is_local(self) -> bool:

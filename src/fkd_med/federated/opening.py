@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # Of a federation, what a client's own training and sending depend on.
 _OF_CLIENTS = (
     "rounds", "local_epochs", "local_steps", "is_local", "client_rules", "client_callbacks", "policy",
-    "optimizer_state", "chaos", "uplink",
+    "optimizer_state", "chaos", "uplink", "public",
 )  # fmt: skip
 # Of a module, what the run itself changes, or another part of the opening names.
 _CHANGES = {

@@ -19,6 +19,7 @@ def federation_state(federation: Federation, states: ClientStates, round: int, t
     return {
         "round": round,
         "aggregator_name": aggregator_name(aggregator),
+        "public": federation.public,
         "aggregator": copy.deepcopy(aggregator.state_dict()) if aggregator else {},
         "client_states": dict(states.versions),
         "seed": global_seed(),
@@ -31,7 +32,7 @@ def restore(stored: dict[str, Any], federation: Federation, states: ClientStates
 
     Raises:
         ConfigError: other threads or another seed, which would change the bits of the rounds to come.
-        RunError: another aggregator, even one that remembers nothing.
+        RunError: another aggregator, even one that remembers nothing; other public images.
     """
     threads = torch.get_num_threads()
     if federation.threads is None and stored["threads"] != threads:
@@ -49,6 +50,11 @@ def restore(stored: dict[str, Any], federation: Federation, states: ClientStates
         raise RunError(
             f"This run was started with federation.aggregator {theirs} and would go on with {ours}: set it back to "
             f"{theirs}, or start a run of its own with --run_dir."
+        )
+    if stored["public"] != federation.public:
+        raise RunError(
+            "data.public holds other images than when this run was started: restore them, or start a run of its own "
+            "with --run_dir."
         )
     if federation.aggregator is not None:
         federation.aggregator.load_state_dict(stored["aggregator"])
