@@ -9,11 +9,11 @@ from typing import Any
 
 import lightning as L
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from fkd_med.checkpoints import LastCheckpoint
-from fkd_med.cli.configuration import saved_configuration, settle
+from fkd_med.cli.configuration import refuse_inside_data, saved_configuration, settle
 from fkd_med.cli.console import wide_console
 from fkd_med.cli.report import Report
 from fkd_med.data import FederatedDataModule
@@ -24,6 +24,7 @@ from fkd_med.files import atomic_write_text
 from fkd_med.modules import SegmentationModule
 from fkd_med.ranks import is_first_rank
 from fkd_med.tracking import ImageRecorder, MetricsCSV, WandbLogger
+from fkd_med.tracking.wandb_logger import stored_id
 
 
 def run_lightning(command: str, arguments: list[str]) -> None:
@@ -154,9 +155,7 @@ class FkdCLI(LightningCLI):
         loggers = [logger for logger in as_list(configured) if not isinstance(logger, bool)]
         for logger in loggers:
             if isinstance(logger, WandbLogger):
-                stored = (
-                    self.run_dir.wandb_id.read_text() if self.plan.resumes and self.run_dir.wandb_id.is_file() else None
-                )
+                stored = stored_id(self.run_dir.wandb_id) if self.plan.resumes else None
                 logger.place(str(self.run_dir.path), self.run_dir.path.name, stored)
                 self.stack.callback(logger.close, self.console)
         return [MetricsCSV(self.run_dir.metrics), *loggers]
@@ -169,10 +168,17 @@ class FkdCLI(LightningCLI):
         self._name(model, datamodule)
         fast = bool(trainer.fast_dev_run)
         self._set_up_data(datamodule, "fit")
+        if isinstance(datamodule, FederatedDataModule):
+            refuse_inside_data(self.run_dir.path, datamodule)
+        trainer.check_teachers(model, datamodule)
         if not fast and is_first_rank():
             self.stack.enter_context(self.run_dir.lock())
             self.run_dir.create(overwrite=self.given.overwrite, resume=self.plan.resumes)
-            self._write_configuration(datamodule)
+            if self.plan.resumes:  # a resume that is refused must leave the run as it was
+                late = LambdaCallback(on_train_start=lambda *_: self._write_configuration(datamodule))
+                trainer.callbacks.append(late)  # type: ignore[attr-defined]
+            else:
+                self._write_configuration(datamodule)
         initial = copy.deepcopy(model)
         for logger in trainer.loggers:
             logger.log_hyperparams({k: v for k, v in self.config_dump.items() if k != "config"})

@@ -125,8 +125,7 @@ def _unknown_key(text: str) -> str | None:
         r"[Uu]nexpected import path format:? ['\"]?([\w.]+)",
         r"No module named ['\"]([\w.]+)['\"]",
         r"has no attribute ['\"]([\w.]+)['\"]",
-        r"Group '[\w.]*' does not accept (?:nested key|option)s? ['\"]([\w.+-]+)['\"]",
-        r"does not accept nested key ['\"]([\w.+-]+)['\"]",
+        r"does not accept (?:nested key|option)s? ['\"]([\w.+-]+)['\"]",
     )
     for pattern in patterns:
         match = re.search(pattern, text)

@@ -5,6 +5,7 @@ What comes out of here is what was really sent, so a simulated run trains on wha
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
@@ -102,9 +103,10 @@ class Exchange:
             return
         for folder in self.journal.glob("round-*"):
             if folder.name <= f"round-{round:05d}":
-                for path in folder.iterdir():
-                    path.unlink()
-                folder.rmdir()
+                if folder.is_symlink() or not folder.is_dir():  # never through a link: what it leads to is not ours
+                    folder.unlink()
+                else:
+                    shutil.rmtree(folder)
 
 
 class StoredUpdates:

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from fkd_med.errors import RunError
 from fkd_med.files import append_text, atomic_write_text
 
 _HEADER = "step,name,value\n"
@@ -70,8 +71,12 @@ class MetricsCSV(Logger):
         """Forget lines of later steps, which a resumed run writes again; teachers' lines stay."""
         if not self.path.exists():
             return
-        lines = list(csv.reader(self.path.read_text().splitlines()[1:]))
-        kept = [line for line in lines if len(line) == 3 and (line[1].startswith("teacher/") or int(line[0]) <= step)]
+        try:
+            lines = list(csv.reader(self.path.read_text().splitlines()[1:]))
+            whole = [line for line in lines if len(line) == 3]
+            kept = [line for line in whole if line[1].startswith("teacher/") or int(line[0]) <= step]
+        except (OSError, ValueError, csv.Error) as error:
+            raise RunError(f"{self.path} cannot be read ({error}). Restore it, or remove it to go on.") from error
         atomic_write_text(self.path, _HEADER + _format(kept))
 
     def _append(self, metrics: Mapping[str, float], step: int) -> None:

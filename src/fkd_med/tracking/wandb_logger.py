@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import netrc
 import os
+import re
 import secrets
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
@@ -13,6 +15,8 @@ import wandb
 from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
+
+from fkd_med.errors import RunError
 
 
 def has_account() -> bool:
@@ -24,6 +28,20 @@ def has_account() -> bool:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(server) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def stored_id(path: Path) -> str | None:
+    """Return the id of the W&B run that a resumed run goes on with; None if the run had none.
+
+    Raises:
+        RunError: the file does not hold an id, which W&B would take for a path.
+    """
+    if not path.is_file():
+        return None
+    text = path.read_bytes()[:200]
+    if not re.fullmatch(rb"[A-Za-z0-9_-]{1,64}\s*", text):
+        raise RunError(f"{path} holds no id of a Weights & Biases run. Remove it: the curves then go on in a new run.")
+    return text.decode().strip()
 
 
 class WandbLogger(LightningWandbLogger):
