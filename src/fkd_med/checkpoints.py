@@ -20,7 +20,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from fkd_med.errors import ConfigError, RunError
-from fkd_med.files import atomic_writer
+from fkd_med.files import atomic_writer, open_regular
+from fkd_med.foreign_files import refuse_inflated
 
 _END = b"PK\x05\x06"  # a zip's last record: 22 bytes, the last two of which are the length of the comment after it
 _TAG = b"fkd-sha256:"
@@ -106,8 +107,9 @@ def read_checkpoint(path: str | Path, map_location: Any | None = "cpu") -> dict[
     """
     path = Path(path)
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             _verify(file, path)
+            refuse_inflated(file, path)
             file.seek(0)
             checkpoint = _load(file, path, map_location or "cpu")
     except FileNotFoundError as error:

@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,6 +32,23 @@ _REMEDIES = {
     errno.EEXIST: "A part of that path is a file: choose another folder",
     errno.EISDIR: "A folder has that name: move it away or choose another path",
 }
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a file to read its bytes; never a pipe or a socket, which would be waited for without end.
+
+    Raises:
+        OSError: it is no regular file, or cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "it is a folder" if stat.S_ISDIR(mode) else "it is a pipe, socket or device")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def write_error(path: Path, error: OSError) -> RunError:

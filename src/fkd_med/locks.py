@@ -101,7 +101,7 @@ def locked(path: str | Path, what: str) -> Iterator[None]:
 def holder_of(path: str | Path, what: str) -> Holder | None:
     """Return the process that holds the lock file `path`, or ``None`` if nobody does or the holder is gone."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -147,13 +147,16 @@ def _is_same(descriptor: int, path: Path) -> bool:
 
 
 def _read(descriptor: int, path: Path, what: str) -> Holder | None:
-    text = os.pread(descriptor, 65536, 0)
+    try:
+        text = os.pread(descriptor, 65536, 0)
+    except OSError as error:  # a folder, a pipe
+        raise RunError(f"{what} has a damaged lock. If no other process uses it, delete {path}.") from error
     if not text:
         return None
     try:
         record = json.loads(text)
         return Holder(int(record["pid"]), str(record["host"]), str(record["started"]))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise RunError(f"{what} has a damaged lock. If no other process uses it, delete {path}.") from error
 
 

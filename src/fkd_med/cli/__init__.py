@@ -47,11 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"fkd-med {version('fkd-med')}")
         return 0
+    from fkd_med.cli.configuration_files import check_configurations
     from fkd_med.cli.messages import explained
     from fkd_med.cli.signals import terminable
 
     with terminable(), explained(arguments, debug) as outcome:
         run = _command(arguments[0])
+        check_configurations(arguments[1:])
         run(arguments[1:])
     return outcome.code
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import yaml
 from jsonargparse import Namespace
 
 from fkd_med.cli.best_weights import latest_checkpoint, recorded_best
+from fkd_med.data import FederatedDataModule
 from fkd_med.errors import ConfigError, RunError
 from fkd_med.ranks import is_first_rank
 from fkd_med.rundir import RunDir
@@ -68,6 +70,21 @@ def settle(config: Namespace, command: str, files: list[str]) -> Plan:
             derived.add(("data", "init_args", "manifest"))
     fit_networks_to_data(config)
     return plan
+
+
+def refuse_inside_data(run_dir: Path, data: FederatedDataModule) -> None:
+    """Refuse a run directory among the images or masks: its pictures would be images of the next run.
+
+    Raises:
+        ConfigError: names both folders.
+    """
+    run = os.path.realpath(run_dir)
+    for folder in data.folders():
+        if os.path.commonpath([run, folder]) == folder:
+            raise ConfigError(
+                f"run_dir {run_dir} lies in {folder}, among the data, where later runs would find its pictures. "
+                "Choose a folder outside."
+            )
 
 
 def saved_configuration(text: str, command: str, derived: set[tuple[str, ...]]) -> str:

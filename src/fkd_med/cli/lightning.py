@@ -8,12 +8,12 @@ from typing import Any
 
 import lightning as L
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from fkd_med.checkpoints import LastCheckpoint
 from fkd_med.cli.changes import Change
-from fkd_med.cli.configuration import settle
+from fkd_med.cli.configuration import refuse_inside_data, settle
 from fkd_med.cli.console import wide_console
 from fkd_med.cli.repeated import forget_rounds
 from fkd_med.cli.report import Report
@@ -181,11 +181,18 @@ class FkdCLI(LightningCLI):
         self._name(model, datamodule)
         fast = bool(trainer.fast_dev_run)
         self._set_up_data(datamodule, "fit")
+        if isinstance(datamodule, FederatedDataModule):
+            refuse_inside_data(self.run_dir.path, datamodule)
+        trainer.check_teachers(model, datamodule)
         if not fast and is_first_rank():
             self.stack.enter_context(self.run_dir.lock())
             text = settled_text(self.parser, self.config, self.plan.derived)
             trainer.goes_on = self.run_dir.begin(text, overwrite=self.given.overwrite, resume=self.plan.resumes)
-            self._write_configuration(text, datamodule)
+            if self.plan.resumes:  # a resume that is refused must leave the run as it was
+                late = LambdaCallback(on_train_start=lambda *_: self._write_configuration(text, datamodule))
+                trainer.callbacks.append(late)  # type: ignore[attr-defined]
+            else:
+                self._write_configuration(text, datamodule)
             if trainer.goes_on:
                 forget_rounds(trainer)
         initial = copy.deepcopy(model)

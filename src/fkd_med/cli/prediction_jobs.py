@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fkd_med.data import FederatedDataModule
-from fkd_med.data.decoding import IMAGE_SUFFIXES, refused
+from fkd_med.data.decoding import IMAGE_SUFFIXES, irregular, refused
 from fkd_med.data.records import listing
 from fkd_med.errors import ConfigError, DataError
 
@@ -67,12 +67,16 @@ def images_in(source: Path, output: Path) -> tuple[list[Job], list[str]]:
         raise ConfigError(f"--output {output} is the folder of the images: choose another, so that none is lost.")
     found, faults = [], []
     for path in sorted(source.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(source).parts)
-        if hidden or output.resolve() in path.resolve().parents or not path.is_file():
+        if any(part.startswith(".") for part in path.relative_to(source).parts) or path.is_dir():
             continue
-        if reason := refused(path):
+        is_image = path.suffix.lower() in IMAGE_SUFFIXES
+        if is_image and (reason := irregular(path)):
             faults.append(f"{path}: {reason}.")
-        elif path.suffix.lower() in IMAGE_SUFFIXES:
+        elif not path.is_file() or output.resolve() in path.resolve().parents:
+            continue
+        elif reason := refused(path):
+            faults.append(f"{path}: {reason}.")
+        elif is_image:
             found.append(path)
     if not found:
         raise DataError("\n".join([f"{source}: no image (PNG, JPEG, TIFF, BMP) in it.", *faults[:5]]))

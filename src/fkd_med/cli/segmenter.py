@@ -20,7 +20,9 @@ from fkd_med.checkpoints import read_checkpoint
 from fkd_med.data.geometry import undo
 from fkd_med.data.preprocessing import Preprocessing
 from fkd_med.errors import ConfigError, DataError, FkdError, RunError
+from fkd_med.foreign_files import refuse_non_finite
 from fkd_med.modules import predict_classes
+from fkd_med.modules.loading import refuse_newer
 from fkd_med.modules.personal import PersonalTensors, merge
 from fkd_med.networks import forward_padded
 from fkd_med.networks.spec import network_from_spec
@@ -60,10 +62,13 @@ class Segmenter:
         self.path = path
         self.device = torch.device(device)
         self.preprocessing, self.values = _preprocessing(described["preprocessing"], path)
-        self.network: nn.Module = network_from_spec(described["network"], trusted_packages)
         self._shared: dict[str, Tensor] = checkpoint["state_dict"]
+        self.network: nn.Module = _rebuilt(described["network"], trusted_packages, self._shared, path)
         self._personal = PersonalTensors(self.network)
-        self._personal.load_state_dict(described.get("personal") or {})
+        try:
+            self._personal.load_state_dict(described.get("personal") or {})
+        except (AttributeError, TypeError, ValueError) as error:
+            raise RunError(f"{path}: the clients' own tensors cannot be read ({error}). {_AGAIN}") from error
         if not self.clients:
             self._load(self._shared)
 
@@ -123,6 +128,7 @@ class Segmenter:
         return predict_classes(restored[None])[0].numpy().astype(np.uint8)
 
     def _load(self, state: Mapping[str, Tensor]) -> None:
+        refuse_non_finite(state, f"The network in {self.path}")
         own = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items() if name.startswith(_PREFIX)}
         try:
             self.network.load_state_dict(own)
@@ -148,6 +154,7 @@ def _description(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     described = checkpoint.get("fkd_med")
     if not isinstance(described, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise RunError(f"{path} does not say which network it holds: it is no checkpoint of fkd-med. {_AGAIN}")
+    refuse_newer(described, f"{path}")
     if described.get("network") is None:
         raise RunError(
             f"{path} does not describe its network, because the module was built in Python and not from a "
@@ -160,6 +167,22 @@ def _description(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
             "Train with one, or predict in Python."
         )
     return described
+
+
+def _rebuilt(spec: Any, trusted: Sequence[str], state: Mapping[str, Any], path: Path) -> nn.Module:
+    """Build the network of a checkpoint, after seeing on paper that it is not larger than its weights."""
+    try:
+        with torch.device("meta"):
+            sketch: nn.Module | None = network_from_spec(spec, trusted)
+    except RunError:  # some networks cannot be made on paper; a wrong one says so again below
+        sketch = None
+    held = sum(tensor.numel() for tensor in state.values() if isinstance(tensor, Tensor))
+    if sketch is not None and (wanted := sum(t.numel() for t in sketch.state_dict().values())) > 2 * held:
+        raise RunError(f"{path} describes a network of {wanted:,} numbers and holds {held:,}. {_AGAIN}")
+    try:
+        return network_from_spec(spec, trusted)
+    except RunError as error:
+        raise RunError(f"{path}: {error}") from error
 
 
 def _preprocessing(info: Any, path: Path) -> tuple[Preprocessing, tuple[int, ...]]:

@@ -7,20 +7,28 @@ of folders have the time in them and clocks may go backwards.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
+from fkd_med.errors import RunError
 from fkd_med.files import atomic_write_text
 from fkd_med.rundir import RunDir
 from fkd_med.tracking import WandbLogger
 
 
 def recorded_parts(run_dir: RunDir) -> tuple[str | None, list[str]]:
-    """Return the id of the run's Weights & Biases run, and the folders it was recorded in; no id if there is none."""
-    try:
-        first, *folders = run_dir.wandb_id.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError):
+    """Return the id of the run's Weights & Biases run, and the folders it was recorded in; no id if there is none.
+
+    Raises:
+        RunError: the file does not hold an id, which W&B would take for a path.
+    """
+    path = run_dir.wandb_id
+    if not path.is_file():
         return None, []
-    return first.strip() or None, [str(run_dir.path / folder) for folder in folders if folder]
+    first, *folders = path.read_text(encoding="utf-8", errors="replace")[:100_000].splitlines() or [""]
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}\s*", first):
+        raise RunError(f"{path} holds no id of a Weights & Biases run. Remove it: the curves then go on in a new run.")
+    return first.strip(), [str(run_dir.path / folder) for folder in folders if folder]
 
 
 def record_part(run_dir: RunDir, logger: WandbLogger) -> None:

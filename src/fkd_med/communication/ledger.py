@@ -165,7 +165,10 @@ def _read(path: Path) -> list[LedgerRow]:
         raise RunError(f"Cannot read the ledger {path}: {error}. Restore it or move it away.") from error
     if lines and not lines[-1].endswith("\n"):
         lines.pop()  # a crash while appending; the resumed round records it again
-    table = list(csv.reader(lines))
+    try:
+        table = list(csv.reader(lines))
+    except csv.Error as error:
+        raise RunError(f"Cannot read the ledger {path}: {error}. Restore it or move it away.") from error
     if not lines:
         return []
     if table[0] != _COLUMNS:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -198,6 +199,11 @@ class FederatedDataModule(L.LightningDataModule):
         rows = [(r.split, r.id, r.sha256) for s in ("train", "val") for r in self.manifest.of(client, s)]
         content = json.dumps([self.export_info(), rows], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
+
+    def folders(self) -> list[str]:
+        """Return the folders that images and masks lie in, with links resolved: one for each."""
+        files = [[r.image for r in self._records.values()], [r.mask for r in self._records.values() if r.mask]]
+        return [os.path.commonpath([os.path.realpath(path.parent) for path in paths]) for paths in files if paths]
 
     # Inside
 

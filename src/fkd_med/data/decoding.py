@@ -6,6 +6,7 @@ Pillow reads; OpenCV reads 16-bit colour, which Pillow would cut to 8 bits witho
 from __future__ import annotations
 
 import os
+import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -67,6 +68,21 @@ def refused(path: Path) -> str | None:
     return reason.format(name=path.name, stem=path.stem) if reason else None
 
 
+def irregular(path: Path) -> str | None:
+    """Return why a file cannot be read and what to do when it is a broken link, a pipe, a socket or a device.
+
+    Opening a pipe would wait for ever for somebody to write into it.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return "a link that leads to no file. Mend it or remove it"
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return None
+    kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return f"{kinds.get(stat.S_IFMT(mode), 'a device')}, not a file. Remove it"
+
+
 def read_header(path: Path) -> Header:
     """Read size, mode and bit depth of an image, in most cases without its pixels, and see that it is whole.
 
@@ -115,7 +131,7 @@ def opened(path: Path) -> Iterator[Image.Image]:
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file.") from error
     except Image.DecompressionBombError as error:
-        raise DataError(f"{path}: {error}. Cut it into tiles or make it smaller.") from error
+        raise DataError(f"{path}: {str(error).rstrip('.')}. Cut it into tiles or make it smaller.") from error
     except UnidentifiedImageError as error:
         raise DataError(f"{path}: {_why_unknown(path)}") from error
     except _BROKEN as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import logging
+import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 
@@ -78,7 +79,7 @@ class FolderPair(Layout):
         else:
             images = find_images(image_folder, besides=mask_folder)
         pairs = pair(images, masks, on_missing, lambda name: name + self.mask_suffix)
-        if not self.clients or not table.is_file():
+        if not self.clients or not os.path.lexists(table):  # a broken link is a lost table, not none
             return [Record(name, image, mask) for name, (image, mask) in pairs.items()]
         return with_sites(pairs, read_clients(table), set(images), table, on_missing)
 

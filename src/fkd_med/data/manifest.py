@@ -16,9 +16,9 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 from fkd_med.data.progress import with_progress
-from fkd_med.data.records import Record, check_client_name, listing
+from fkd_med.data.records import Record, check_client_name, is_writable_name, listing
 from fkd_med.errors import DataError
-from fkd_med.files import atomic_write_text
+from fkd_med.files import atomic_write_text, open_regular
 
 SPLITS = ("train", "val", "test")
 _REMEDY = "Remove the manifest to have the data partitioned anew, or restore the files it was made from."
@@ -83,14 +83,15 @@ class Manifest:
             DataError: The file is missing, lacks a column or breaks a rule of the manifest.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: the manifest cannot be read ({error}).") from error
-        reader = csv.DictReader(io.StringIO(text))
-        missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+            with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline="") as file:
+                reader = csv.DictReader(file)
+                missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+                rows = [] if missing else [ManifestRow(*(row[name] or "" for name in COLUMNS)) for row in reader]
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"{path}: the manifest cannot be read ({error}). {_REMEDY}") from error
         if missing:
             raise DataError(f"{path}: the manifest lacks the columns {listing(missing)}. {_REMEDY}")
-        return cls((ManifestRow(*(row[name] or "" for name in COLUMNS)) for row in reader), path)
+        return cls(rows, path)
 
     def write(self, path: Path) -> None:
         """Write the rows as CSV (id, client, split, patient, sha256); the file is whole or not there."""
@@ -141,6 +142,9 @@ def _check_names(rows: tuple[ManifestRow, ...], source: Path | str) -> None:
     twice = [name for name, number in Counter(row.id for row in rows).items() if number > 1]
     if twice:
         raise DataError(f"{source}: images listed more than once: {listing(twice)}. Keep one row for each.")
+    strange = [text for row in rows for text in (row.id, row.patient, row.sha256) if not is_writable_name(text)]
+    if strange:
+        raise DataError(f"{source}: names with control characters or not in UTF-8: {listing(strange)}. {_REMEDY}")
     wrong = [f"{row.id} ({row.split!r})" for row in rows if row.split not in SPLITS]
     if wrong:
         raise DataError(f"{source}: the split must be one of {', '.join(SPLITS)}; wrong for {listing(wrong)}.")

@@ -16,8 +16,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from fkd_med.data.decoding import read_header
-from fkd_med.data.images import read_mask
+from fkd_med.data.images import read_image, read_mask
 from fkd_med.data.progress import with_progress
 from fkd_med.data.records import Record, listing
 from fkd_med.errors import ConfigError, DataError
@@ -116,18 +115,18 @@ def survey_masks(records: Iterable[Record]) -> list[MaskFacts]:
 
 
 def check_sizes(records: Sequence[Record], facts: Sequence[MaskFacts]) -> None:
-    """Compare each mask's size with its image's, from the image's header.
+    """Compare each mask's size with its image's, which is read in full: what is damaged shows now, not in the night.
 
     Args:
         records: Records with masks, in the order of `facts`.
         facts: What `survey_masks` found in them.
 
     Raises:
-        DataError: Sizes differ; names the first few pairs and counts the rest.
+        DataError: An image cannot be read, or sizes differ; names the first few pairs and counts the rest.
     """
     wrong = []
-    for record, mask in zip(records, facts, strict=True):
-        height, width = read_header(record.image).size
+    for record, mask in zip(with_progress(records, "Reading images"), facts, strict=True):
+        height, width = read_image(record.image, 3).shape[:2]
         if (height, width) != mask.size:
             wrong.append(f"{record.image.name} {width}x{height} with {mask.path} {mask.size[1]}x{mask.size[0]}")
     if wrong:

@@ -7,16 +7,19 @@ Folders are searched with their sub-folders. The name of a file is its path belo
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import unicodedata
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fkd_med.data.decoding import IMAGE_SUFFIXES, refused
-from fkd_med.data.records import Record, check_client_name, listing
+from fkd_med.data.decoding import IMAGE_SUFFIXES, irregular, refused
+from fkd_med.data.records import Record, check_client_name, is_writable_name, listing
 from fkd_med.errors import DataError
+from fkd_med.files import open_regular
 
 OnMissing = Literal["error", "skip"]
 SPLITS = ("train", "val", "test")
@@ -42,7 +45,8 @@ def find_images(folder: Path, besides: Path | None = None) -> dict[str, Path]:
         besides: A folder inside it not to be searched.
 
     Raises:
-        DataError: No such folder; no image in it; DICOM or volumes in it; two files of one name.
+        DataError: No such folder; no image in it; DICOM or volumes in it; two files of one name; a name that no
+            table can hold; a broken link, a pipe or the like.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder. Check data.root and the names of its folders.")
@@ -53,9 +57,13 @@ def find_images(folder: Path, besides: Path | None = None) -> dict[str, Path]:
             continue
         if (reason := refused(path)) and path.is_file():
             raise DataError(f"{path}: {reason}.")
-        if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
+        if path.suffix.lower() not in IMAGE_SUFFIXES or path.is_dir():
             continue
+        if reason := irregular(path):
+            raise DataError(f"{path}: {reason}.")
         name = unicodedata.normalize("NFC", inside.with_suffix("").as_posix())
+        if not is_writable_name(name):
+            raise DataError(f"{str(path)!a}: a name with control characters or not in UTF-8. Rename it.")
         if name in found:
             raise DataError(f"{path} and {found[name].name} have one name, so they cannot be told apart. Rename one.")
         found[name] = path
@@ -115,7 +123,7 @@ def read_clients(path: Path) -> dict[str, Site]:
             split, or a name that cannot name a client.
     """
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
             header = [name.strip() for name in reader.fieldnames or ()]
             reader.fieldnames = header
@@ -129,7 +137,7 @@ def read_clients(path: Path) -> dict[str, Site]:
             "id,client,patient (separated by commas; split may follow), then one line per image."
         )
     ids = [unicodedata.normalize("NFC", row["id"]) for row in rows]
-    twice = sorted({name for name in ids if ids.count(name) > 1}) if len(set(ids)) < len(ids) else []
+    twice = sorted(name for name, number in Counter(ids).items() if number > 1)
     if twice:
         raise DataError(f"{path}: ids listed more than once: {listing(twice)}. Keep one line per image.")
     for column in ("client", "split"):

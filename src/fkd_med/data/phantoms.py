@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from fkd_med.errors import ConfigError, DataError
 MARKER = "phantoms.json"
 VERSION = 2  # raise it when a change alters the pixels
 IMAGES_PER_PATIENT = 4
+_OURS = re.compile(r"(images|masks)/[^/\\]+\.png|clients\.csv")
 
 
 class Phantoms(Layout):
@@ -104,9 +106,9 @@ def _read_marker(root: Path, marker: Path) -> dict[str, Any]:
     if marker.is_file():
         try:
             content: dict[str, Any] = json.loads(marker.read_bytes())
-            if isinstance(content["files"], dict):
+            if all(_OURS.fullmatch(name) for name, _ in content["files"].items()):  # may be deleted
                 return content
-        except (ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             pass
         raise DataError(f"{marker}: not a marker that phantoms wrote; delete the folder or choose another data.root.")
     if root.exists() and (not root.is_dir() or any(root.iterdir())):

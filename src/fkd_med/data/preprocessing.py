@@ -15,6 +15,7 @@ from fkd_med.data.images import normalise, read_image
 from fkd_med.errors import ConfigError
 
 _MEAN = {1: (0.449,), 3: (0.485, 0.456, 0.406)}  # of ImageNet, and of its grey version
+_LARGEST = 8192  # pixels of a side: beyond it a single batch fills any memory
 _STD = {1: (0.226,), 3: (0.229, 0.224, 0.225)}
 
 
@@ -52,7 +53,7 @@ class Preprocessing:
         """
         if in_channels not in _MEAN:
             raise ConfigError(f"data.in_channels: {in_channels}; use 3 for colour or 1 for grey.")
-        if image_size < 1:
+        if not 1 <= image_size <= _LARGEST:
             raise ConfigError(f"data.image_size: {image_size}; use the side of the square in pixels, such as 256.")
         fitted_box(1, 1, image_size, resize)  # knows the modes
         means, stds = tuple(mean or _MEAN[in_channels]), tuple(std or _STD[in_channels])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
 from fkd_med.errors import DataError
+
+_SHOWN = 300  # letters of one name in a message
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,18 @@ def check_client_name(name: str, source: str) -> str:
     return name
 
 
+def is_writable_name(name: str) -> bool:
+    """Return whether a table of ours can hold a name in one line: no control characters or line ends, and UTF-8."""
+    return not any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name)
+
+
 def listing(names: list[str], show: int = 5) -> str:
-    """Return the first few of `names` and how many more there are, for messages."""
+    """Return the first few of `names`, each in one line of bounded length, and how many more, for messages."""
     rest = f" and {len(names) - show} more" if len(names) > show else ""
-    return ", ".join(names[:show]) + rest
+    return ", ".join(shown(name) for name in names[:show]) + rest
+
+
+def shown(name: str) -> str:
+    """Return whatever stood in a file, harmless on a terminal and not longer than a path."""
+    name = name if is_writable_name(name) else ascii(name)
+    return name if len(name) <= _SHOWN else f"{name[: _SHOWN // 2]}...{name[-_SHOWN // 4 :]}"

@@ -8,6 +8,7 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Literal, cast
 
+from fkd_med.errors import RunError
 from fkd_med.files import append_text, atomic_write_text
 
 Kind = Literal["dropout", "late", "failed", "quarantined"]
@@ -43,10 +44,7 @@ class Absences:
         self.path = path
         self.rows: list[Absence] = []
         if path is not None and path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]
-            rows = csv.DictReader(whole)
-            self.rows = [Absence(int(r["round"]), r["client"], cast(Kind, r["kind"]), r["reason"]) for r in rows]
+            self.rows = _read(path)
 
     def note(self, absence: Absence) -> None:
         """Add one, durably."""
@@ -67,6 +65,19 @@ class Absences:
     def of(self, round: int) -> list[Absence]:
         """Return those of one round."""
         return [row for row in self.rows if row.round == round]
+
+
+def _read(path: Path) -> list[Absence]:
+    """Read the file, without a last line that a crash cut off; RunError if it is damaged otherwise."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        rows = list(csv.DictReader([line for line in lines if line.endswith("\n")]))
+        found = [Absence(int(r["round"]), r["client"], cast(Kind, r["kind"]), r["reason"]) for r in rows]
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise RunError(f"{path} cannot be read ({error!r:.200}). Restore it, or remove it to go on without.") from error
+    if strange := [row.kind for row in found if row.kind not in _WORDS]:
+        raise RunError(f"{path}: {ascii(strange[0])[:80]} is no kind of absence. Restore it, or remove it to go on.")
+    return found
 
 
 def _to_csv(rows: list[Absence], header: bool = False) -> str:

@@ -5,6 +5,7 @@ What comes out of here is what was really sent, so a simulated run trains on wha
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
@@ -127,10 +128,12 @@ class Exchange:
         if not self.writes:
             return
         for folder in self.journal.glob("round-*"):
-            if round is None or folder.name <= self.folder(round).name:
-                for path in folder.iterdir():
-                    path.unlink()
-                folder.rmdir()
+            if round is not None and folder.name > self.folder(round).name:
+                continue
+            if folder.is_symlink() or not folder.is_dir():  # never through a link: what it leads to is not ours
+                folder.unlink()
+            else:
+                shutil.rmtree(folder)
 
 
 class StoredUpdates:

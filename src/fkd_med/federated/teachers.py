@@ -99,10 +99,11 @@ class TeacherStage(TeacherSource):
         return path
 
     def check_names(self, clients: list[str]) -> None:
-        """Refuse checkpoints for clients that do not exist.
+        """Refuse checkpoints for clients that do not exist, and files that hold no teacher.
 
         Raises:
             ConfigError: names the unknown client and the nearest known ones.
+            RunError: a given checkpoint is missing, damaged or of another architecture.
         """
         for name in self.checkpoints:
             if clients and name not in [*clients, POOLED]:
@@ -111,6 +112,8 @@ class TeacherStage(TeacherSource):
                     f"The teacher's checkpoints name client {name!r}, which does not exist; "
                     f"known are {', '.join(close)}."
                 )
+        for name, path in self.checkpoints.items():
+            read_teacher(path, name, self.module.network)
 
     def check_trained(self, clients: Sequence[str | None]) -> None:
         """Refuse to give untrained teachers to a student that only copies them.

@@ -112,6 +112,17 @@ class FederatedTrainer(L.Trainer):
         if not self.fast_dev_run:  # Lightning's ModelCheckpoint forgets that in on_train_end
             super().save_checkpoint(*args, **kwargs)
 
+    def check_teachers(self, model: L.LightningModule, datamodule: Any) -> None:
+        """See that the teachers a configuration brings can be used, before anything is written or trained."""
+        if isinstance(model, DistillationModule) and model.active_losses and model.teacher_source is not None:
+            model.check_teachers(self._taught(datamodule))
+
+    def _taught(self, datamodule: Any) -> list[str | None]:
+        """Return whose teachers a run needs; None is the pool of all clients."""
+        if self.federation is not None:
+            return list(datamodule.client_names())
+        return [getattr(datamodule, "client", None)]
+
     def teachers(self, model: L.LightningModule, datamodule: Any) -> None:
         """Train the teachers of a distillation that do not exist yet, and nothing else.
 
@@ -122,11 +133,8 @@ class FederatedTrainer(L.Trainer):
             raise ConfigError("This configuration has no teachers: model must be a DistillationModule with a teacher.")
         if self.federation is not None:
             check_consent(self.federation.share_teachers, self.federation.is_local, model)
-            clients: list[str | None] = list(datamodule.client_names())
-        else:
-            clients = [getattr(datamodule, "client", None)]
         self.reporter.enabled = self.is_global_zero
-        self._ensure(model, datamodule, clients)
+        self._ensure(model, datamodule, self._taught(datamodule))
 
     def arm(self, client: str | None = None) -> str:
         """Return how this run trains, in a word: federated, local-only, pooled, or the one client's name."""

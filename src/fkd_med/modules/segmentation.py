@@ -17,6 +17,7 @@ from fkd_med.data.geometry import undo
 from fkd_med.errors import ConfigError, TrainingError
 from fkd_med.evaluation import ImageRow, score_image, summarize
 from fkd_med.losses import DiceCE, supervised_loss
+from fkd_med.modules.loading import VERSION, described
 from fkd_med.modules.personal import PersonalTensors
 from fkd_med.modules.schedule import RunClock, WarmupCosine, advance
 from fkd_med.networks import PARAMETER_BOUND, count_parameters, forward_padded
@@ -283,7 +284,7 @@ class SegmentationModule(LightningModule):
         datamodule = getattr(self._trainer, "datamodule", None) if self._trainer else None
         describe = getattr(datamodule, "export_info", None)
         return {
-            "version": 1,
+            "version": VERSION,
             "network": self.hparams.get("network"),
             "preprocessing": describe() if describe else None,
             "round": self.clock.round,
@@ -296,7 +297,7 @@ class SegmentationModule(LightningModule):
             checkpoint["fkd_med"]["personal"] = self.personal.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the clients' personal tensors back."""
-        ours = checkpoint.get("fkd_med", {})
+        """Take the clients' personal tensors back; RunError for a checkpoint of another network."""
+        ours = described(checkpoint, self)
         self.personal.load_state_dict(ours.get("personal", {}))
         self.clock = RunClock(round=int(ours.get("round", 0)))

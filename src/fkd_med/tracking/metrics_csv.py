@@ -17,6 +17,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from fkd_med.errors import RunError
 from fkd_med.files import append_text, atomic_write_text
 
 _HEADER = "step,name,value\n"
@@ -87,9 +88,12 @@ class MetricsCSV(Logger):
         """Rewrite the file without the lines that are not wanted, and without torn ones."""
         if not self.path.exists():
             return
-        whole, _, torn = self.path.read_text().rpartition("\n")
-        lines = list(csv.reader(whole.splitlines()[1:]))
-        kept = [line for line in lines if len(line) == 3 and wanted(int(line[0]), line[1])]
+        try:
+            whole, _, torn = self.path.read_text().rpartition("\n")
+            lines = list(csv.reader(whole.splitlines()[1:]))
+            kept = [line for line in lines if len(line) == 3 and wanted(int(line[0]), line[1])]
+        except (OSError, ValueError, csv.Error) as error:
+            raise RunError(f"{self.path} cannot be read ({error}). Restore it, or remove it to go on.") from error
         if torn or kept != lines:
             atomic_write_text(self.path, _HEADER + _format(kept))
 
