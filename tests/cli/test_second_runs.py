@@ -145,3 +145,14 @@ def test_a_saved_configuration_leaves_derived_paths_open(tiny_run: Path) -> None
     config = yaml.safe_load((tiny_run / "config.yaml").read_text())
     assert config["checkpoint"]["dirpath"] is None and config["trainer"]["default_root_dir"] is None
     assert config["data"]["init_args"]["manifest"] is None
+
+
+def test_a_crash_between_the_first_best_and_the_first_last_can_be_resumed(tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert command(tiny_run, "fit", run, *SHORT) == 0
+    (run / "checkpoints" / "last.ckpt").unlink()
+    (run / "student.ckpt").unlink()
+    assert command(tiny_run, "fit", run, *SHORT) == 2, "there is something to resume"
+    assert command(tiny_run, "fit", run, *SHORT, "--ckpt_path=last") == 0
+    assert (run / "student.ckpt").is_file()
+    assert {row.round for row in ImageTable.read(run / "images.csv")} == {1}

@@ -123,6 +123,8 @@ def _checkpoint(config: Namespace, command: str, asked: str | None) -> str | Non
         return asked
     best = recorded_best(folder) if asked == "best" else None
     found = best or latest_checkpoint(folder.glob(f"{asked}*.ckpt"))
+    if found is None and asked == "last":  # a crash in the first round, after its best and before its last was written
+        found = latest_checkpoint(folder.glob("*.ckpt"))
     if found is None:
         raise RunError(
             f"There is no {asked} checkpoint in {folder}. Start the run without --ckpt_path, or give the "
