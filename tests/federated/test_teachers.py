@@ -531,10 +531,11 @@ def test_unknown_client_in_checkpoints_is_refused_before_training(fed, tmp_path,
     assert fits == []
 
 
-def test_nan_teacher_names_the_images(fed, tmp_path) -> None:
+def test_a_teacher_that_overflows_names_the_images(fed, tmp_path) -> None:
     broken = fed.network(6)
     with torch.no_grad():
-        broken[3].bias.fill_(float("nan"))
+        broken[3].weight.fill_(3e38)  # finite itself, but not what it answers
+        broken[3].bias.fill_(3e38)
     save_file(broken.state_dict(), tmp_path / "t.safetensors")
     stage = fed.teacher_stage(tmp_path / "store", epochs=1, checkpoints={"b": str(tmp_path / "t.safetensors")})
     module = fed.distilled(tmp_path, source=stage)
