@@ -109,7 +109,7 @@ def read_checkpoint(path: str | Path, map_location: Any | None = "cpu") -> dict[
     try:
         with open_regular(path) as file:
             _verify(file, path)
-            refuse_inflated(file, path)
+            refuse_inflated(file, path, _ADVICE)
             file.seek(0)
             checkpoint = _load(file, path, map_location or "cpu")
     except FileNotFoundError as error:

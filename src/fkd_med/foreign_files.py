@@ -16,7 +16,7 @@ import torch
 from fkd_med.errors import RunError
 
 
-def refuse_inflated(file: BinaryIO, path: Path) -> None:
+def refuse_inflated(file: BinaryIO, path: Path, advice: str = "Give another file.") -> None:
     """Refuse a zip that would grow in memory: torch stores its tensors as they are, so no file of its own does.
 
     Raises:
@@ -27,10 +27,10 @@ def refuse_inflated(file: BinaryIO, path: Path) -> None:
         with zipfile.ZipFile(file) as archive:
             records = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise RunError(f"{path} is truncated or damaged ({error}). Give another file.") from error
+        raise RunError(f"{path} is truncated or damaged ({error}). {advice}") from error
     stored = all(record.compress_type == zipfile.ZIP_STORED for record in records)
     if not stored or sum(record.file_size for record in records) > size:
-        raise RunError(f"{path} announces more than it holds, as no checkpoint of torch does. Give another file.")
+        raise RunError(f"{path} announces more than it holds, as no checkpoint of torch does. {advice}")
 
 
 def refuse_non_finite(state: Mapping[str, Any], what: str) -> None:

@@ -88,7 +88,7 @@ STUDENT: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     **ANY,
     "a list": (lambda path, _: torch.save([1, 2], path), ("list",)),
     "a pipe": (lambda path, _: (path.unlink(), os.mkfifo(path)), ("pipe",)),
-    "a folder": (lambda path, _: (path.unlink(), path.mkdir()), ("folder",)),
+    "a folder": (lambda path, _: (path.unlink(), path.mkdir()), ("directory",)),
     "missing": (lambda path, _: path.unlink(), ("no checkpoint",)),
     "a network that runs code": (
         changed(lambda c: c["fkd_med"]["network"].update(class_path="os.system")), ("os.system", "not in a package")

@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with terminable(), explained(arguments, debug) as outcome:
         run = _command(arguments[0])
-        check_configurations(arguments[1:])
+        if arguments[0] != "predict":  # which looks at its other arguments first
+            check_configurations(arguments[1:])
         run(arguments[1:])
     return outcome.code
 

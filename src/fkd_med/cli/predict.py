@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
+from fkd_med.cli.configuration_files import check_configurations
 from fkd_med.cli.data_parser import build_data, data_parser
 from fkd_med.cli.prediction_jobs import MARK, Job, check_targets, hospital_images, images_in, targets
 from fkd_med.cli.segmenter import Fitted, Segmenter, choose_device, read_or_fault
@@ -93,6 +94,7 @@ def _jobs(given: Namespace, output: Path) -> tuple[list[Job], list[str]]:
     if given.data.images is not None:
         return images_in(Path(given.data.images).expanduser(), output)
     arguments = [part for file in given.config for part in ("--config", file)]
+    check_configurations(arguments)
     arguments += [] if given.data.root is None else ["--data.root", given.data.root]
     data = build_data(data_parser("fkd predict", _DESCRIPTION).parse_args(arguments))
     return hospital_images(data, given.client), []
