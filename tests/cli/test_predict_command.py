@@ -297,7 +297,7 @@ def test_arguments_that_do_not_go_together(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "x.yaml").write_text("data: {}")
+    (tmp_path / "x.yaml").write_text("{}")
     grey(tmp_path / "full" / "a.png", half(20, 30))
     assert predict(threshold(tmp_path / "x.ckpt"), *arguments, "--output", "out") == 2
     said = capsys.readouterr().err

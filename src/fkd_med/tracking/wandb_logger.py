@@ -81,8 +81,8 @@ class WandbLogger(LightningWandbLogger):
         if self._wandb_init.get("id") is None:
             self._id = self._wandb_init["id"] = run_id or secrets.token_hex(4)
         if not self._own_save_dir:
-            self._save_dir = run_dir
-            self._wandb_init["dir"] = run_dir
+            # W&B's own process writes the files, and keeps the working directory in which it was started.
+            self._save_dir = self._wandb_init["dir"] = os.path.abspath(run_dir)
         if self._wandb_init.get("name") is None:
             self._name = self._wandb_init["name"] = name
 
