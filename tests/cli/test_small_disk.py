@@ -37,6 +37,7 @@ for size in range(300, 30000, 600):
     if codes[-1] == 0:
         break
 shutil.copytree(disk / "run", kept)
+mount("-o", "remount,size=100m", str(disk))
 mount("--bind", str(read_only), str(read_only))
 mount("-o", "remount,ro,bind", str(read_only))
 codes.append(fit(read_only / "run"))
@@ -72,7 +73,7 @@ def test_a_disk_that_grows_and_one_that_is_read_only(tiny_run: Path, tmp_path: P
     assert len(errors) == len(full) + 3
     named = {Path(error.partition("Cannot write ")[2].partition(": ")[0]).name for error in errors[: len(full)]}
     assert all("The disk is full: free some space" in error for error in errors[: len(full)]) and len(named) > 2, named
-    assert all("read-only" in error for error in errors[len(full) :])
+    assert all("read-only" in error for error in errors[len(full) :]), errors[len(full) :]
     expected, actual = (read_checkpoint(run / "student.ckpt")["state_dict"] for run in (tiny_run, kept))
     assert all(actual[name].equal(tensor) for name, tensor in expected.items())
     tables = [sorted(ImageTable.read(run / "images.csv"), key=lambda row: row.key) for run in (tiny_run, kept)]
