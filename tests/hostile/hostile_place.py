@@ -91,6 +91,10 @@ class Place:
         images = self.data / "images" if images is None else images
         return ["predict", "--ckpt_path", str(checkpoint), "--data.images", str(images), "--output", str(self.output)]
 
+    def check_data(self) -> list[str]:
+        """Look at the data only."""
+        return ["check-data", *self._fit("plain.yaml")[1:], "--output", str(self.output)]
+
     def overlay(self, name: str, content: object) -> list[str]:
         """Return the option of a further configuration file."""
         return ["--config", str(self.file(name, yaml.safe_dump(content)))]

@@ -12,14 +12,14 @@ from hostile_place import Case, Place
 Edit = Callable[[str], str | bytes]
 
 
-def clients(edit: Edit, *options: str) -> Callable[[Place], list[str]]:
+def clients(edit: Edit) -> Callable[[Place], list[str]]:
     """Change the text of clients.csv."""
 
     def prepare(place: Place) -> list[str]:
         table = place.data / "clients.csv"
         text = edit(table.read_text())
         table.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return place.fit(*options)
+        return place.check_data()
 
     return prepare
 
