@@ -30,6 +30,7 @@ from fkd_med.losses import (
     RegionAffinity,
 )
 from fkd_med.modules import DistillationModule, TeacherSource, WarmupCosine
+from fkd_med.modules.schedule import progress_of
 from fkd_med.modules.teacher_cache import Surroundings, cache_key, ensure_maps
 from fkd_med.networks import ResUNet, SlimUNet
 
@@ -450,4 +451,4 @@ def test_weights_follow_their_schedule_over_steps() -> None:
     module._trainer = trainer
     trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed = 5
     trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = 5
-    assert module._progress() == pytest.approx(1.0 if trainer.global_step >= 10 else 0.5)
+    assert progress_of(module.clock, trainer) == pytest.approx(1.0 if trainer.global_step >= 10 else 0.5)

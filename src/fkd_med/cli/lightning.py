@@ -190,7 +190,7 @@ class FkdCLI(LightningCLI):
             trainer.goes_on = self.run_dir.begin(text, overwrite=self.given.overwrite, resume=self.plan.resumes)
             if self.plan.resumes:  # a resume that is refused must leave the run as it was
                 late = LambdaCallback(on_train_start=lambda *_: self._write_configuration(text, datamodule))
-                trainer.callbacks.append(late)  # type: ignore[attr-defined]
+                trainer.callbacks.append(late)
             else:
                 self._write_configuration(text, datamodule)
             if trainer.goes_on:

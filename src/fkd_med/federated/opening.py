@@ -19,7 +19,7 @@ from fkd_med.communication import Broadcast
 from fkd_med.federated.teacher_key import describe, describe_augmentation
 from fkd_med.files import file_digest
 from fkd_med.modules import DistillationModule, SegmentationModule
-from fkd_med.modules.segmentation import is_plain
+from fkd_med.modules.settings import is_plain
 
 if TYPE_CHECKING:
     from fkd_med.federated.client import ClientWorker

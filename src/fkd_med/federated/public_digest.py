@@ -24,7 +24,7 @@ from fkd_med.federated.public_learning import (
 )
 from fkd_med.federated.rules import ClientRule
 from fkd_med.losses.tensors import check_temperature
-from fkd_med.modules.segmentation import SharedCallable
+from fkd_med.modules.settings import SharedCallable
 from fkd_med.modules.teacher_cache import Surroundings
 from fkd_med.ranks import is_first_rank
 from fkd_med.seeding import derive_seed

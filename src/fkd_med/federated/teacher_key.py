@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fkd_med.modules import SegmentationModule
-from fkd_med.modules.segmentation import is_plain
+from fkd_med.modules.settings import is_plain
 from fkd_med.modules.teacher import digest_of
 from fkd_med.seeding import global_seed
 

@@ -51,6 +51,7 @@ class FederatedTrainer(L.Trainer):
 
     fast_dev_run: int | bool
     datamodule: Any
+    callbacks: list[L.Callback]
 
     def __init__(self, *args: Any, federation: Federation | None = None, **kwargs: Any) -> None:
         self.federation = federation

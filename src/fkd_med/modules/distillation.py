@@ -19,6 +19,7 @@ from fkd_med.modules.distillation_checks import (
     check_taps_are_cached,
     weights_at,
 )
+from fkd_med.modules.schedule import progress_of
 from fkd_med.modules.segmentation import SegmentationModule
 from fkd_med.modules.teacher import TeacherSource, Teaching, freeze
 from fkd_med.modules.teacher_cache import Surroundings, check_carries, check_precision, ensure_maps, refuse_non_finite
@@ -228,7 +229,7 @@ class DistillationModule(SegmentationModule):
 
     def loss_terms(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return the weighted supervised loss and distillation terms of a batch."""
-        weights = weights_at(self.losses, self._progress())
+        weights = weights_at(self.losses, progress_of(self.clock, self._trainer))
         if self._student_taps is None:
             self._student_taps = Taps(self.network, [t.student_tap for t in self.active_losses.values()], "the student")
         shown = self._student_taps(batch["image"], self)
@@ -255,17 +256,6 @@ class DistillationModule(SegmentationModule):
         unused = [p.sum() for layer in idle if layer is not None for p in layer.parameters()]
         first = next(iter(terms))
         terms[first] = terms[first] + 0 * torch.stack([logits.sum(), *unused]).sum()
-
-    def _progress(self) -> float:
-        """Return the share of the run that has passed: of its rounds; outside a federation, of its epochs or steps."""
-        if self.clock.rounds:
-            return self.clock.progress
-        if self._trainer is None:
-            return 0.0
-        epochs, steps = self.trainer.max_epochs or -1, self.trainer.max_steps
-        if epochs > 1:
-            return min(1.0, self.trainer.current_epoch / (epochs - 1))
-        return min(1.0, self.trainer.global_step / steps) if steps > 0 else 0.0
 
     def teach(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return the teacher's maps for a batch by tap, without gradients: those it brings, or the teacher's answers.

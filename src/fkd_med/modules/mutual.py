@@ -16,6 +16,7 @@ from fkd_med.errors import ConfigError
 from fkd_med.losses import LOGITS, DistillationTerm, LogitKL, Pixels, supervised_loss
 from fkd_med.modules.distillation import DistillationModule
 from fkd_med.modules.distillation_checks import check_mutual, weights_at
+from fkd_med.modules.schedule import progress_of
 from fkd_med.modules.teacher import TeacherSource
 
 TEACHER = "teacher"
@@ -152,7 +153,7 @@ class MutualDistillationModule(DistillationModule):
             "teacher_supervised": supervised_loss(self.loss, teacher[LOGITS], batch["mask"]),
         }
         trust = trust_of(terms["supervised"], terms["teacher_supervised"])
-        weights = weights_at(self.losses, self._progress())
+        weights = weights_at(self.losses, progress_of(self.clock, self._trainer))
         pixels = Pixels(batch["mask"], max(2, student[LOGITS].shape[1]))
         for name, weight in weights.items():
             term, connector = self.losses[name], self.companions.of(name)

@@ -11,6 +11,7 @@ import warnings
 from dataclasses import dataclass
 from functools import partial
 
+from lightning import Trainer
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -76,3 +77,15 @@ def advance(scheduler: LRScheduler, steps: int) -> None:
         warnings.simplefilter("ignore")  # torch warns of steps before the optimizer's first: meant here
         for _ in range(steps):
             scheduler.step()
+
+
+def progress_of(clock: RunClock, trainer: Trainer | None) -> float:
+    """Return the share of the run that has passed: of its rounds; outside a federation, of its epochs or steps."""
+    if clock.rounds:
+        return clock.progress
+    if trainer is None:
+        return 0.0
+    epochs, steps = trainer.max_epochs or -1, trainer.max_steps
+    if epochs > 1:
+        return min(1.0, trainer.current_epoch / (epochs - 1))
+    return min(1.0, trainer.global_step / steps) if steps > 0 else 0.0

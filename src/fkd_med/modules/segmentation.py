@@ -3,71 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from types import FunctionType
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from fkd_med.data.geometry import undo
 from fkd_med.errors import ConfigError, TrainingError
-from fkd_med.evaluation import ImageRow, score_image, summarize
 from fkd_med.losses import DiceCE, supervised_loss
+from fkd_med.modules.evaluated import EvaluatedModule
 from fkd_med.modules.loading import VERSION, described
-from fkd_med.modules.personal import PersonalTensors
 from fkd_med.modules.schedule import RunClock, WarmupCosine, advance
+from fkd_med.modules.settings import SharedCallable, as_written, is_plain
 from fkd_med.networks import PARAMETER_BOUND, count_parameters, forward_padded
 
-PLAIN = (str, int, float, bool, type(None))
 
-
-def is_plain(value: Any) -> bool:
-    """Tell whether a value is made of containers and scalars only, so that a checkpoint of it loads safely."""
-    if isinstance(value, Mapping):
-        return all(is_plain(v) for v in value.values())
-    if isinstance(value, list | tuple):
-        return all(is_plain(v) for v in value)
-    return isinstance(value, PLAIN)
-
-
-def as_written(value: Any) -> Any:
-    """Return a value as a configuration file would have it: functions by their import path."""
-    if isinstance(value, Mapping):
-        return {key: as_written(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_written(v) for v in value]
-    return f"{value.__module__}.{value.__qualname__}" if isinstance(value, FunctionType) else value
-
-
-def predict_classes(logits: Tensor) -> Tensor:
-    """Turn logits (N, K, H, W) into class indices (N, H, W): sigmoid at one half for K = 1, argmax otherwise."""
-    return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(dim=1)
-
-
-class SharedCallable:
-    """A callable that copies of a module share: those the command line builds hold the whole parser.
-
-    Args:
-        function: the callable.
-    """
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-
-    def __call__(self, *args: Any) -> Any:
-        """Call it."""
-        return self.function(*args)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SharedCallable:
-        """Return the same object."""
-        return self
-
-
-class SegmentationModule(LightningModule):
+class SegmentationModule(EvaluatedModule):
     """Trains a segmentation network on images and masks.
 
     Args:
@@ -93,14 +46,7 @@ class SegmentationModule(LightningModule):
         self.optimizer = SharedCallable(optimizer)
         self.scheduler = None if scheduler is None else SharedCallable(scheduler)
         self.scheduler_interval = scheduler_interval
-        self.clock = RunClock()
-        self.arm = ""
         self.model_name = "student" if count_parameters(network) <= PARAMETER_BOUND else type(network).__name__
-        self.resize = "stretch"
-        self.evaluated: list[ImageRow] = []
-        self._rows: list[ImageRow] = []
-        self._losses: list[float] = []
-        self.personal = PersonalTensors(self)
 
     def _keep_plain_hyperparameters(self) -> None:
         """Keep what a safe checkpoint can hold: a module built in Python is not written, its class_path dict is."""
@@ -175,107 +121,6 @@ class SegmentationModule(LightningModule):
         for group, rate in zip(optimizer.param_groups, scheduler.base_lrs, strict=True):
             group["lr"] = group["initial_lr"] = rate
         return WarmupCosine(optimizer, scheduler.warmup, scheduler.floor, scheduler.total_steps)
-
-    # --- evaluation -----------------------------------------------------------------------------------------
-
-    def setup(self, stage: str) -> None:
-        """Learn from the data module how images were brought to the working size."""
-        describe = getattr(getattr(self.trainer, "datamodule", None), "export_info", None)
-        self.resize = describe()["resize"] if describe else self.resize
-
-    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Evaluate with the tensors of the client the batch belongs to."""
-        self.personal.enter(batch["client"][0], best=self.trainer.state.fn == "validate")
-
-    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Evaluate with the tensors of the client the batch belongs to."""
-        self.personal.enter(batch["client"][0], best=True)
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Score each image at working resolution: Dice and IoU."""
-        logits = self(batch["image"])
-        self._losses.append(float(supervised_loss(self.loss, logits, batch["mask"])))
-        predictions = predict_classes(logits.detach().float())
-        for index, truth in enumerate(batch["mask"]):
-            self._score(batch, index, predictions[index], truth, logits.shape[1], "val")
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Score each image at its original size against its original mask: Dice, IoU and HD95."""
-        logits = self(batch["image"]).detach().float()
-        for index in range(len(logits)):
-            if "original" in batch:
-                size = tuple(int(n) for n in batch["size"][index])
-                restored = undo(logits[index], size, self.resize)  # type: ignore[arg-type]
-                truth = batch["original"][index]
-            else:
-                restored, truth = logits[index], batch["mask"][index]
-            self._score(batch, index, predict_classes(restored[None])[0], truth, logits.shape[1], "test")
-
-    def _score(
-        self, batch: dict[str, Any], index: int, prediction: Tensor, truth: Tensor, classes: int, split: str
-    ) -> None:
-        scores = score_image(prediction.cpu().numpy(), truth.cpu().numpy(), classes, hd95=split == "test")
-        self._rows.append(
-            ImageRow(
-                model=self.model_name,
-                arm=self.arm,
-                split=split,
-                round=self.clock.round,
-                client=batch["client"][index],
-                id=batch["id"][index],
-                dice=scores.dice,
-                iou=scores.iou,
-                hd95=scores.hd95,
-                empty=scores.empty,
-            )
-        )
-
-    def on_validation_epoch_start(self) -> None:
-        """Forget the rows of the last evaluation."""
-        self._rows = []
-
-    def on_test_epoch_start(self) -> None:
-        """Forget the rows of the last evaluation."""
-        self._rows = []
-
-    def on_validation_epoch_end(self) -> None:
-        """Log Dice and IoU: mean over hospitals, worst hospital and each hospital."""
-        self._finish("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log Dice, IoU and HD95: mean over hospitals, worst hospital and each hospital."""
-        self._finish("test")
-
-    def _finish(self, split: str) -> None:
-        self.personal.leave()
-        self.evaluated, losses = self._gather(self._rows, self._losses)
-        if own := self.personal.by_client:  # alone, a client without a student of its own has no scores
-            self.evaluated = [row for row in self.evaluated if row.client in own]
-        self._rows, self._losses = [], []
-        if not self.evaluated:
-            return
-        summary = summarize(self.evaluated)
-        logged = {f"{split}/dice": summary.mean.dice, f"{split}/iou": summary.mean.iou}
-        logged[f"{split}/worst_dice"] = summary.worst.dice
-        if split == "test":
-            logged["test/hd95"] = summary.mean.hd95
-        else:
-            logged["val/loss"] = sum(losses) / len(losses)
-        for client, scores in summary.clients.items():
-            logged[f"{client}/{split}_dice"] = scores.dice
-            if split == "val":
-                self.personal.note(client, scores.dice)
-        self.log_dict(logged, rank_zero_only=False, sync_dist=False)
-
-    @staticmethod
-    def _gather(rows: list[ImageRow], losses: list[float]) -> tuple[list[ImageRow], list[float]]:
-        """Collect rows and losses of every rank; each image once, since distributed samplers pad with repeats."""
-        gathered = [(rows, losses)]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            gathered = [([], [])] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(gathered, (rows, losses))
-        unique = {(row.client, row.id): row for part, _ in gathered for row in part}
-        return [unique[key] for key in sorted(unique)], [loss for _, part in gathered for loss in part]
 
     # --- checkpoints ----------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from fkd_med.errors import ConfigError, TrainingError
 from fkd_med.evaluation.tables import human_bytes
 from fkd_med.locks import queued
 from fkd_med.losses import LOGITS
-from fkd_med.modules.segmentation import is_plain
+from fkd_med.modules.settings import is_plain
 from fkd_med.modules.teacher import TeacherSource, freeze
 from fkd_med.networks import size_divisor
 from fkd_med.ranks import is_first_rank

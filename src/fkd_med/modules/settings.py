@@ -1,0 +1,46 @@
+"""What modules are configured with, in a form that checkpoints can hold and copies can share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import FunctionType
+from typing import Any
+
+PLAIN = (str, int, float, bool, type(None))
+
+
+def is_plain(value: Any) -> bool:
+    """Tell whether a value is made of containers and scalars only, so that a checkpoint of it loads safely."""
+    if isinstance(value, Mapping):
+        return all(is_plain(v) for v in value.values())
+    if isinstance(value, list | tuple):
+        return all(is_plain(v) for v in value)
+    return isinstance(value, PLAIN)
+
+
+def as_written(value: Any) -> Any:
+    """Return a value as a configuration file would have it: functions by their import path."""
+    if isinstance(value, Mapping):
+        return {key: as_written(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_written(v) for v in value]
+    return f"{value.__module__}.{value.__qualname__}" if isinstance(value, FunctionType) else value
+
+
+class SharedCallable:
+    """A callable that copies of a module share: those the command line builds hold the whole parser.
+
+    Args:
+        function: the callable.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        """Call it."""
+        return self.function(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedCallable:
+        """Return the same object."""
+        return self
