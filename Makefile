@@ -1,5 +1,6 @@
 # `make demo` and `make test` work from a fresh clone: the first target that needs it builds .venv, later ones reuse it.
 # Overridable:  make PYTHON=python3.12 demo    make UV= test  (pip even where uv is installed)
+#   make PARALLEL= test  (the tests in one process)
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -13,6 +14,7 @@ UV ?= $(shell command -v uv 2>/dev/null)
 PYTHON ?=
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3 python3.12 python3.11 python3.13 python)
 VERSIONS := >=3.11,<3.14
+PARALLEL ?= -n auto --dist loadfile
 
 export NO_ALBUMENTATIONS_UPDATE := 1
 
@@ -28,10 +30,10 @@ demo: $(STAMP)  ## Federate three phantom hospitals on this machine; run again, 
 	@$(BIN)/fkd fit --config configs/quickstart.yaml --overwrite $(ARGS)
 
 test: lint types  ## Check style and types, then run all tests but the slow ones
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-all: lint types  ## As test, with the slow tests
-	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow" $(ARGS)
 
 lint: $(STAMP)  ## Check style and formatting (changes nothing)
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -49,6 +50,19 @@ def test_ce_alone_is_torchs() -> None:
     logits, mask = example(1)
     bce = nn.functional.binary_cross_entropy_with_logits(logits[:, 0], mask.float())
     torch.testing.assert_close(DiceCE(dice_weight=0.0)(logits, mask), bce)
+
+
+def test_deterministic_mode_changes_no_more_than_rounding() -> None:
+    logits, mask = torch.randn(2, 3, 8, 8, requires_grad=True), torch.randint(0, 3, (2, 8, 8))
+    loss = DiceCE(dice_weight=0.0)
+    (usual,) = torch.autograd.grad(loss(logits, mask), logits)
+    torch.use_deterministic_algorithms(True)
+    try:
+        value = loss(logits, mask)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(value, F.cross_entropy(logits, mask))
+    torch.testing.assert_close(torch.autograd.grad(value, logits)[0], usual)
 
 
 def test_one_logit_equals_two_classes() -> None:

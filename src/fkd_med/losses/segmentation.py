@@ -58,6 +58,8 @@ class DiceCE(nn.Module):
         if logits.shape[1] == 1:
             bce: Tensor = self.bce(logits, mask.unsqueeze(1).float())
             return bce
+        if torch.are_deterministic_algorithms_enabled():  # class indices have no deterministic CUDA kernel in 2-d
+            return F.cross_entropy(logits, F.one_hot(mask, logits.shape[1]).movedim(-1, 1).to(logits.dtype))
         return F.cross_entropy(logits, mask)
 
 
