@@ -19,6 +19,7 @@ Federated distillation for medical image segmentation: hospitals train one tiny 
   predict      segment new images with a student.ckpt (or any checkpoint)
   teachers     train the hospitals' teachers of a configuration, and nothing else
   compare      put finished runs side by side, with intervals and plots
+  reproduce    run a study: arms, data sets, teachers and seeds, and its tables
   check-data   look at a data set before a long run
   phantoms     write a synthetic data set to try things on
 
@@ -64,7 +65,7 @@ def entry_point() -> None:
     sys.exit(main())
 
 
-COMMANDS = ("fit", "validate", "test", "predict", "teachers", "compare", "check-data", "phantoms")
+COMMANDS = ("fit", "validate", "test", "predict", "teachers", "compare", "reproduce", "check-data", "phantoms")
 
 
 def _command(name: str) -> Callable[[list[str]], None]:
@@ -85,6 +86,10 @@ def _command(name: str) -> Callable[[list[str]], None]:
         from fkd_med.cli.compare import compare
 
         return compare
+    if name == "reproduce":
+        from fkd_med.cli.reproduce import reproduce
+
+        return reproduce
     if name == "phantoms":
         from fkd_med.cli.phantoms import phantoms
 

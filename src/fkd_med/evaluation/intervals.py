@@ -64,7 +64,7 @@ def bootstrap_mean(
     """
     values: dict[str, list[float]] = {}
     for row in {r.key: r for r in rows}.values():
-        value = _value(row, metric)
+        value = metric_of(row, metric)
         if value is not None:
             values.setdefault(row.client, []).append(value)
     return stratified_bootstrap({c: np.asarray(v) for c, v in values.items()}, seed, draws, level)
@@ -158,7 +158,7 @@ def _interval(estimate: float, means: Values, n: int, enough: bool, level: float
 def _by_image(rows: Iterable[ImageRow], metric: str) -> dict[tuple[str, str], float]:
     images: dict[tuple[str, str], float] = {}
     for row in {r.key: r for r in rows}.values():
-        value = _value(row, metric)
+        value = metric_of(row, metric)
         if (row.client, row.id) in images:
             raise ValueError(f"client {row.client!r}, image {row.id!r} appears twice in one arm; choose one round")
         if value is not None:
@@ -166,5 +166,6 @@ def _by_image(rows: Iterable[ImageRow], metric: str) -> dict[tuple[str, str], fl
     return images
 
 
-def _value(row: ImageRow, metric: str) -> float | None:
+def metric_of(row: ImageRow, metric: str) -> float | None:
+    """Return an image's ``"dice"``, ``"iou"`` or ``"hd95"``; None where it was not computed."""
     return {"dice": row.dice, "iou": row.iou, "hd95": row.hd95}[metric]

@@ -1,0 +1,140 @@
+"""`fkd reproduce`: run a study, all its arms, cells and seeds, and write its tables and plots."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+from rich.console import Console
+
+from fkd_med.cli.console import wide_console
+from fkd_med.cli.signals import TERMINATED
+from fkd_med.errors import ConfigError
+from fkd_med.files import write_error
+from fkd_med.locks import locked
+from fkd_med.study import Job, Selection, Study, Tables, Tally, jobs_of, read_outcomes, run_jobs
+from fkd_med.study.report import write_report
+
+_DESCRIPTION = """Run a study: every arm on every cell (data set and teacher) with every seed, each a run of `fkd fit`.
+
+What is finished is not run again, and a run that was killed goes on in the middle of its round, so give the same
+command until it is done. Written into OUTPUT: a folder per run, RESULTS.md with all tables, results.csv and plots."""
+
+
+def reproduce(arguments: list[str]) -> None:
+    """Run a study, and write its tables and plots.
+
+    Raises:
+        ConfigError: a name in the study or on the command line is unknown; data or files are missing.
+        RunError: the folder holds runs of another configuration, or another process works in it.
+        SystemExit: 3 when a run failed, 143 when time was up; the tables of the others are written.
+    """
+    given = _parser().parse_args(arguments)
+    study = read_study(Path(given.config))
+    preset = study.preset(given.preset)
+    output = Path(given.output or Path("results") / Path(given.config).stem / given.preset).expanduser()
+    selection = Selection(given.cells, given.arms, given.seeds, _roots(given.data))
+    jobs = jobs_of(study, preset, Path(given.config).resolve().parent, output, selection)
+    console = wide_console(140)
+    tally = Tally(left=[job for job in jobs if not job.finished])
+    _make(output)
+    with locked(output / ".fkd-study-lock", f"The study {output}"):
+        if not given.tables:
+            tally = run_jobs(jobs, console, given.minutes)
+        _write(study, jobs, given.split, output, console, arguments)
+    _end(tally, given.tables, console)
+
+
+def read_study(path: Path) -> Study:
+    """Read a study's file.
+
+    Raises:
+        ConfigError: a key is unknown, missing or of another type; or names something that is not there.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--study", type=Study)
+    content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    if not isinstance(content, dict) or "arms" not in content:
+        raise ConfigError(f"{path} is not a study: it has no `arms`. configs/paper.yaml is one.")
+    settings = _taken_settings(content, path)
+    study: Study = parser.instantiate_classes(parser.parse_object({"study": content}))["study"]
+    for name, groups in settings.items():
+        study.presets[name].settings = groups
+    study.check()
+    return study
+
+
+def _taken_settings(content: dict[str, Any], path: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Take the presets' settings out of a study's file: the parser would read their `init_args` as its own."""
+    taken = {}
+    presets = content.get("presets")
+    for name, preset in presets.items() if isinstance(presets, dict) else ():
+        groups = preset.pop("settings", {}) if isinstance(preset, dict) else {}
+        if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
+            raise ConfigError(f"{path}: presets.{name}.settings must be groups of settings, each a mapping.")
+        taken[name] = groups
+    return taken
+
+
+def _write(study: Study, jobs: list[Job], split: Any, output: Path, console: Console, arguments: list[str]) -> None:
+    tables = Tables(study, jobs, read_outcomes(jobs, split), split)
+    if not tables.outcomes:
+        console.print("No run is finished yet, so there are no tables.")
+        return
+    for sheet in tables.sheets():
+        console.print(sheet)
+        console.print()
+    for line in [f"Missing: {', '.join(tables.missing)}."] if tables.missing else []:
+        console.print(line, markup=False, soft_wrap=True)
+    head = [f"Made by `fkd reproduce {shlex.join(arguments)}`.\n"]
+    files = write_report(tables, output, head)
+    console.print(f"Written to {output}: {', '.join(file.name for file in files)}", markup=False, soft_wrap=True)
+
+
+def _end(tally: Tally, only_tables: bool, console: Console) -> None:
+    """Say what failed and what is left, and end with an exit code that says the same."""
+    for name, code in tally.failed.items():
+        console.print(f"Failed with exit code {code}: {name}; its message is above.", style="red", markup=False)
+    if tally.failed:
+        sys.exit(3)
+    if tally.left and not only_tables:
+        console.print(f"Time is up; {len(tally.left)} runs are left. The same command goes on.", markup=False)
+        sys.exit(TERMINATED)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
+
+
+def _roots(pairs: list[str] | None) -> dict[str, str]:
+    roots = {}
+    for pair in pairs or []:
+        name, equals, folder = pair.partition("=")
+        if not equals or not folder:
+            raise ConfigError(f"--data {pair}: give NAME=FOLDER, such as --data cvc=/data/CVC-ClinicDB.")
+        if name in roots:
+            raise ConfigError(f"--data names {name!r} twice.")
+        roots[name] = folder
+    return roots
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="fkd reproduce", description=_DESCRIPTION, exit_on_error=False)
+    parser.add_argument("--config", type=str, required=True, help="The study: configs/paper.yaml.")
+    parser.add_argument("--preset", type=str, required=True, help="Its size: tiny, cpu or paper.")
+    parser.add_argument("--output", type=str | None, default=None, help="Folder; results/<study>/<preset>.")
+    parser.add_argument("--data", type=str, nargs="+", default=None, help="Images: NAME=FOLDER ...")
+    parser.add_argument("--cells", type=str, nargs="+", default=None, help="Only these: cvc/resunet ...")
+    parser.add_argument("--arms", type=str, nargs="+", default=None, help="Only these arms.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=None, help="In place of the preset's.")
+    parser.add_argument("--minutes", type=float | None, default=None, help="Stop after so long; go on another time.")
+    parser.add_argument("--split", type=str, default="test", choices=["test", "val"], help="What the tables show.")
+    parser.add_argument("--tables", action="store_true", help="Run nothing; make the tables of what is there.")
+    return parser

@@ -1,0 +1,23 @@
+"""Studies: many runs of one design (data sets, teachers, arms, seeds), run one after the other and put in tables."""
+
+from fkd_med.study.design import Arm, Difference, Images, Preset, Study
+from fkd_med.study.jobs import Job, Selection, jobs_of
+from fkd_med.study.outcome import Outcome, read_outcomes
+from fkd_med.study.runner import Tally, run_jobs
+from fkd_med.study.tables import Tables
+
+__all__ = [
+    "Arm",
+    "Difference",
+    "Images",
+    "Job",
+    "Outcome",
+    "Preset",
+    "Selection",
+    "Study",
+    "Tables",
+    "Tally",
+    "jobs_of",
+    "read_outcomes",
+    "run_jobs",
+]

@@ -1,0 +1,239 @@
+"""The runs of a study: what each is, where it lies, and whether it is done."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fkd_med.errors import ConfigError, RunError
+from fkd_med.files import atomic_write_text
+from fkd_med.rundir import RunDir
+from fkd_med.study.design import Arm, Preset, Study, check_known, check_seeds, filled
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of `fkd fit`.
+
+    Attributes:
+        data: the data set.
+        teacher: the teacher; empty for arms that have none, whose run counts for every teacher.
+        arm: the arm.
+        seed: the seed.
+        configs: configuration files.
+        settings: what is laid over them.
+        decides: the part of the settings that decides the result: without where things lie.
+        folder: its folder: the run, its settings, what became of it.
+    """
+
+    data: str
+    teacher: str
+    arm: str
+    seed: int
+    configs: tuple[Path, ...]
+    settings: Settings
+    decides: Settings
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """What the job is, for people."""
+        return " ".join(part for part in (self.data, self.teacher, self.arm, f"seed {self.seed}") if part)
+
+    @property
+    def run(self) -> Path:
+        """The run directory."""
+        return self.folder / "run"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end, with its test."""
+        return bool(self.note().get("finished"))
+
+    def note(self) -> dict[str, Any]:
+        """Return what is known of it: `finished`, `seconds` of all its attempts, `exit_code` of the last."""
+        path = self.folder / "outcome.yaml"
+        if not path.is_file():
+            return {}
+        try:
+            note = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise RunError(f"{path} cannot be read. Delete it: the run then goes on from its checkpoint.") from error
+        return note if isinstance(note, dict) else {}
+
+    def add(self, seconds: float, exit_code: int) -> None:
+        """Write down that an attempt ended."""
+        total = float(self.note().get("seconds", 0.0)) + seconds
+        note = {"finished": exit_code == 0, "seconds": round(total, 1), "exit_code": exit_code}
+        atomic_write_text(self.folder / "outcome.yaml", yaml.safe_dump(note, sort_keys=False))
+
+    def arguments(self) -> list[str]:
+        """Return the arguments of `fkd` that begin the run, or go on with it where it is."""
+        files = [*self.configs, self.folder / "settings.yaml"]
+        arguments = ["fit", *(text for file in files for text in ("--config", str(file)))]
+        closed = any(RunDir(self.run).checkpoints.glob("*.ckpt"))
+        return [*arguments, "--ckpt_path", "last"] if closed else arguments
+
+    def definition(self) -> Settings:
+        """Return what decides the run's result, in plain containers: digests of its files, and its settings."""
+        digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in _with_parts(self.configs)}
+        return {"configs": digests, "settings": self.decides}
+
+    def prepare(self) -> None:
+        """Write the settings; refuse a folder in which another definition was begun.
+
+        Raises:
+            RunError: names what has changed.
+        """
+        path, definition = self.folder / "definition.yaml", self.definition()
+        if path.is_file():
+            changed = _changes(yaml.safe_load(path.read_text(encoding="utf-8")), definition)
+            if changed:
+                raise RunError(
+                    f"{self.folder} was begun with another configuration; changed: {', '.join(changed)}. Give another "
+                    "--output, put it back, or delete the folder to run it anew."
+                )
+        atomic_write_text(self.folder / "settings.yaml", yaml.safe_dump(self.settings, sort_keys=False))
+        atomic_write_text(path, yaml.safe_dump(definition, sort_keys=False))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is asked for of a study.
+
+    Attributes:
+        cells: only these cells.
+        arms: only these arms.
+        seeds: these seeds in place of the preset's.
+        roots: folders of data sets, in place of the design's.
+    """
+
+    cells: Sequence[str] | None = None
+    arms: Sequence[str] | None = None
+    seeds: Sequence[int] | None = None
+    roots: Mapping[str, str] = field(default_factory=dict)
+
+    def check(self, study: Study) -> None:
+        """Refuse names that the study does not have, and seeds given twice; ConfigError names them."""
+        check_known("--data", self.roots, study.data)
+        check_known("--cells", self.cells or (), study.cells)
+        check_known("--arms", self.arms or (), study.arms)
+        if self.seeds is not None:
+            check_seeds(self.seeds, "--seeds")
+
+
+def jobs_of(
+    study: Study,
+    preset: Preset,
+    base: Path,
+    output: Path,
+    selection: Selection,
+) -> list[Job]:
+    """Return the runs of a preset, all arms of a seed before the next seed; a run that two teachers share once.
+
+    Args:
+        study: the design.
+        preset: its size.
+        base: the folder that files of arms are relative to.
+        output: the study's folder.
+        selection: what is asked for of it.
+
+    Raises:
+        ConfigError: a name is unknown, a file or a data folder does not exist; it is named.
+    """
+    selection.check(study)
+    cells = selection.cells or preset.cells or study.cells
+    arms = selection.arms or preset.arms or list(study.arms)
+    found: dict[Path, Job] = {}
+    for seed in selection.seeds or preset.seeds:
+        for cell in cells:
+            for name in arms:
+                if study.arms[name].cells is None or cell in (study.arms[name].cells or ()):
+                    job = _job(study, preset, base, output, selection.roots, cell, name, seed)
+                    found.setdefault(job.folder, job)
+    if not found:
+        raise ConfigError("No run is left: these arms belong to other cells. See `cells` of the arms in the study.")
+    return list(found.values())
+
+
+def _job(
+    study: Study, preset: Preset, base: Path, output: Path, roots: Mapping[str, str], cell: str, name: str, seed: int
+) -> Job:
+    data, teacher = cell.split("/")
+    arm = study.arms[name]
+    teacher = teacher if arm.has_teacher else ""
+    place = {"data": study.data[data].configs, "teacher": teacher}
+    configs = tuple((base / filled(file, place)).resolve() for file in arm.configs)
+    for file in configs:
+        if not file.is_file():
+            raise ConfigError(f"arms.{name}.configs: {file} does not exist. Files are relative to the study's.")
+    folder = output.resolve() / data / teacher / name / f"seed-{seed}"
+    settings = _settings(arm, preset, data, teacher, str(output.resolve()))
+    inner = settings.setdefault("data", {}).setdefault("init_args", {})
+    if "root" not in inner:  # else a preset makes its own images
+        inner["root"] = str(_root(study, data, roots))
+    merge(settings, {"seed_everything": seed, "run_dir": str(folder / "run")})
+    decides = {**_settings(arm, preset, data, teacher, "{output}"), "seed_everything": seed}
+    return Job(data, teacher, name, seed, configs, settings, decides, folder)
+
+
+def _root(study: Study, data: str, roots: Mapping[str, str]) -> Path:
+    root = Path(roots.get(data, study.data[data].root)).expanduser().resolve()
+    if not root.is_dir():
+        raise ConfigError(
+            f"The images of {study.data[data].label} are not here: {root} is not a folder. Put them there, or say "
+            f"where they are: --data {data}=FOLDER."
+        )
+    return root
+
+
+def _settings(arm: Arm, preset: Preset, data: str, teacher: str, output: str) -> Settings:
+    values = {"output": output, "data": data, "teacher": teacher}
+    settings: Settings = {}
+    for group in ("all", data, *arm.settings):
+        merge(settings, _replaced(preset.settings.get(filled(group, values), {}), values))
+    return settings
+
+
+def _replaced(value: Any, values: Mapping[str, str]) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _replaced(v, values) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_replaced(v, values) for v in value]
+    return filled(value, values) if isinstance(value, str) else value
+
+
+def merge(into: Settings, other: Mapping[str, Any]) -> None:
+    """Lay nested settings over others, in place; lists and values replace."""
+    for key, value in other.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            merge(into[key], value)
+        else:
+            into[key] = _replaced(value, {})
+
+
+def _with_parts(files: Sequence[Path]) -> list[Path]:
+    """Return configuration files and those that they name (`data: data.yaml`), each once."""
+    found: dict[Path, None] = {}
+    for file in files:
+        found[file] = None
+        for value in (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).values():
+            part = file.parent / value if isinstance(value, str) and value.endswith((".yaml", ".yml")) else None
+            if part is not None and part.is_file():
+                found[part] = None
+    return list(found)
+
+
+def _changes(before: Any, now: Any, key: str = "") -> list[str]:
+    """Return the dotted keys in which two nested settings differ."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        names = dict.fromkeys([*before, *now])
+        return [k for n in names for k in _changes(before.get(n), now.get(n), f"{key}.{n}".strip("."))]
+    return [] if before == now else [key]

@@ -1,0 +1,76 @@
+"""What the runs of a study came to: their rows, by cell, arm and seed, and the traffic that made them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fkd_med.evaluation.history import read_bytes
+from fkd_med.evaluation.rows import ImageRow, ImageTable, group_arms
+from fkd_med.evaluation.summary import summarize
+from fkd_med.study.jobs import Job
+
+Split = Literal["val", "test"]
+Rows = dict[int, list[ImageRow]]  # by seed
+
+
+@dataclass
+class Outcome:
+    """One arm of one cell.
+
+    Attributes:
+        rows: seed -> the student's rows (of the arm's network, where it is no student).
+        teacher: seed -> the rows of the hospitals' teachers, where the arm has some.
+        bytes: seed -> bytes sent in the whole run, by all hospitals and the server.
+        seconds: seed -> how long the run took.
+    """
+
+    rows: Rows = field(default_factory=dict)
+    teacher: Rows = field(default_factory=dict)
+    bytes: dict[int, int] = field(default_factory=dict)
+    seconds: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def hospitals(self) -> list[str]:
+        """The hospitals in any seed."""
+        return sorted({row.client for rows in self.rows.values() for row in rows})
+
+
+def read_outcomes(jobs: Iterable[Job], split: Split = "test") -> dict[tuple[str, str, str], Outcome]:
+    """Read what finished jobs left, by data set, teacher (empty where it does not matter) and arm.
+
+    Args:
+        jobs: the jobs; those that are not finished are left out.
+        split: ``"test"``, or ``"val"`` for choices that must not see test images: the best round's rows.
+
+    Raises:
+        RunError: an images.csv cannot be read.
+    """
+    outcomes: dict[tuple[str, str, str], Outcome] = {}
+    for job in jobs:
+        if not job.finished:
+            continue
+        outcome = outcomes.setdefault((job.data, job.teacher, job.arm), Outcome())
+        table = ImageTable.read(job.run / "images.csv")
+        for rows in group_arms(table.latest("test") if split == "test" else _best(table)).values():
+            (outcome.teacher if rows[0].model == "teacher" else outcome.rows)[job.seed] = rows
+        outcome.bytes[job.seed] = sum(read_bytes(job.run / "ledger.csv").values())
+        outcome.seconds[job.seed] = float(job.note().get("seconds", 0.0))
+    return outcomes
+
+
+def _best(table: ImageTable) -> list[ImageRow]:
+    """Return the validation rows of the round that was kept: the best; of hospitals alone, the best of each."""
+    found = []
+    for rows in group_arms(table.of("val")).values():
+        alone = rows[0].arm == "local-only"
+        for group in _by_client(rows) if alone else [rows]:
+            rounds = {row.round for row in group}
+            best = max(rounds, key=lambda r: (summarize([row for row in group if row.round == r]).mean.dice, -r))
+            found += [row for row in group if row.round == best]
+    return found
+
+
+def _by_client(rows: Sequence[ImageRow]) -> list[list[ImageRow]]:
+    return [[row for row in rows if row.client == client] for client in sorted({row.client for row in rows})]

@@ -1,0 +1,121 @@
+"""The files a study leaves: RESULTS.md with every table, results.csv with a row per run, and the plots."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fkd_med.evaluation.plots import COLOURS
+from fkd_med.evaluation.summary import summarize
+from fkd_med.files import atomic_write_text, atomic_writer
+from fkd_med.study.intervals import nested_bootstrap, samples
+from fkd_med.study.tables import Tables
+
+_COLUMNS = ("data", "teacher", "arm", "model", "seed", "hospital", "images", "dice", "iou", "hd95", "bytes", "seconds")
+
+
+def write_report(tables: Tables, output: Path, head: Sequence[str] = ()) -> list[Path]:
+    """Write RESULTS.md, results.csv and the plots into `output`; return the files.
+
+    Args:
+        tables: the tables.
+        output: the study's folder.
+        head: lines for the top: how the results were made.
+    """
+    suffix = "" if tables.split == "test" else f"-{tables.split}"
+    plots = _plots(tables, output, suffix)
+    missing = tables.missing
+    parts = ["# Results\n", *head]
+    if missing:
+        parts.append(f"**{len(missing)} of {len(tables.jobs)} runs are missing**: {', '.join(missing)}.\n")
+    parts += [sheet.to_markdown() for sheet in tables.sheets()]
+    parts += [f"![{plot.stem.replace('_', ' ')}]({plot.name})\n" for plot in plots]
+    text, rows = output / f"RESULTS{suffix}.md", output / f"results{suffix}.csv"
+    atomic_write_text(text, "\n".join(parts))
+    atomic_write_text(rows, _csv(tables))
+    return [text, rows, *plots]
+
+
+def _csv(tables: Tables) -> str:
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for (data, teacher, arm), outcome in sorted(tables.outcomes.items()):
+        for model, by_seed in (("student", outcome.rows), ("teacher", outcome.teacher)):
+            for seed, rows in sorted(by_seed.items()):
+                cost = [outcome.bytes[seed], outcome.seconds[seed]] if model == "student" else ["", ""]
+                summary = summarize(rows)
+                for group in [*summary.clients.values(), summary.mean]:
+                    scores = [group.dice, group.iou, group.hd95]
+                    writer.writerow([data, teacher, arm, model, seed, group.name, group.n, *scores, *cost])
+    return buffer.getvalue()
+
+
+def _plots(tables: Tables, output: Path, suffix: str) -> list[Path]:
+    plots = []
+    if any(tables.pairs(cell, d) for cell in tables.cells() for d in tables.study.differences):
+        plots.append(output / f"differences{suffix}.png")
+        _draw_differences(tables, plots[-1])
+    if any(any(outcome.bytes.values()) for outcome in tables.outcomes.values()):
+        plots.append(output / f"dice_over_bytes{suffix}.png")
+        _draw_bytes(tables, plots[-1])
+    return plots
+
+
+def _draw_differences(tables: Tables, path: Path) -> None:
+    """Draw each difference with its interval, a group per cell, and a line at 0."""
+    figure, axes = _figure(1.2 + 0.32 * len(tables.cells()) * len(tables.study.differences))
+    place, ticks, names = 0.0, [], []
+    for cell in tables.cells():
+        for number, difference in enumerate(tables.study.differences):
+            found = tables.pairs(cell, difference)
+            if found:
+                interval = nested_bootstrap(found)
+                colour = COLOURS[number % len(COLOURS)]
+                axes.plot([100 * interval.low, 100 * interval.high], [place, place], color=colour, linewidth=2)
+                axes.plot([100 * interval.estimate], [place], "o", color=colour, markersize=5)
+                ticks.append(place)
+                names.append(f"{tables.name(cell)}: {difference.label}")
+            place -= 1.0
+        place -= 0.5
+    axes.axvline(0, color="0.5", linewidth=1)
+    axes.set_yticks(ticks, names)
+    axes.set_xlabel("Dice points, image by image; 95 % over seeds and images")
+    _save(figure, path)
+
+
+def _draw_bytes(tables: Tables, path: Path) -> None:
+    """Draw each arm's Dice over what it sent; arms that send nothing stand at the left."""
+    figure, axes = _figure(4.5)
+    for number, arm in enumerate(tables.study.arms):
+        points = [outcome for cell in tables.cells() if (outcome := tables.outcome(cell, arm)).rows]
+        dice = [nested_bootstrap(samples(o.rows), draws=1).estimate for o in points]
+        sent = [sum(o.bytes.values()) / len(o.bytes) / 1e6 for o in points]
+        if points:
+            label, dark = tables.study.arms[arm].label, COLOURS[number % len(COLOURS)]
+            axes.plot(sent, dice, "os^Dv"[number // len(COLOURS) % 5], color=dark, label=label, markersize=6)
+    axes.set_xscale("symlog", linthresh=1.0)
+    axes.set_xlim(left=-0.2)
+    axes.set_xlabel("megabytes sent in the whole run, all hospitals, up and down")
+    axes.set_ylabel(f"{tables.split} Dice, mean of hospitals")
+    figure.legend(frameon=False, loc="outside upper left", ncols=3)
+    _save(figure, path)
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(9, height), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="both", color="0.92")
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with atomic_writer(path) as file:
+        figure.savefig(file, format="png")

@@ -1,0 +1,159 @@
+"""The tables of a study: arms per cell, differences, students beside teachers, hospitals; and what is missing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fkd_med.evaluation.intervals import Interval
+from fkd_med.evaluation.sheet import Column, Sheet
+from fkd_med.evaluation.summary import summarize
+from fkd_med.evaluation.tables import human_bytes, number
+from fkd_med.study.design import Difference, Study
+from fkd_med.study.intervals import nested_bootstrap, paired, samples
+from fkd_med.study.jobs import Job
+from fkd_med.study.outcome import Outcome, Rows
+
+_INTERVALS = "Intervals: 95 %, bootstrap over seeds and the images of each hospital; few seeds make them too narrow."
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Tables of what is there; what is not is left out and named in `missing`.
+
+    Attributes:
+        study: the design.
+        jobs: the runs that were asked for.
+        outcomes: what the finished ones came to, by data set, teacher and arm.
+        split: the split that was scored, for the titles.
+    """
+
+    study: Study
+    jobs: Sequence[Job]
+    outcomes: Mapping[tuple[str, str, str], Outcome]
+    split: str = "test"
+
+    @property
+    def missing(self) -> list[str]:
+        """The runs that are not finished."""
+        return [job.name for job in self.jobs if not job.finished]
+
+    def sheets(self) -> list[Sheet]:
+        """Return all tables that have a row."""
+        sheets = [self.arms(), self.differences(), self.teachers(), *map(self.hospitals, self.study.differences)]
+        return [sheet for sheet in sheets if sheet.rows]
+
+    def cells(self) -> list[tuple[str, str]]:
+        """Return the cells asked for, data set and teacher, in the design's order."""
+        asked = {(job.data, job.teacher) for job in self.jobs}
+        bare = {data for data, teacher in asked if not teacher}
+        pairs = [tuple(cell.split("/")) for cell in self.study.cells]
+        taught = {data for data, teacher in asked if teacher}
+        return [(d, t) for d, t in pairs if (d, t) in asked or (d in bare and d not in taught)]
+
+    def outcome(self, cell: tuple[str, str], arm: str) -> Outcome:
+        """Return what an arm came to in a cell; one without rows where it is missing."""
+        data, teacher = cell
+        return self.outcomes.get((data, teacher if self.study.arms[arm].has_teacher else "", arm), Outcome())
+
+    def arms(self) -> Sheet:
+        """Return the scores of each arm in each cell."""
+        columns = [Column("cell", left=True), Column("arm", left=True), Column("seeds")]
+        columns += [Column("mean", group="Dice"), Column("95 %", group="Dice"), Column("IoU"), Column("HD95")]
+        columns += [Column("worst hospital"), Column("sent"), Column("time")]
+        rows: list[list[str]] = []
+        sections = []
+        for cell in self.cells():
+            first = len(rows)
+            for arm, design in self.study.arms.items():
+                outcome = self.outcome(cell, arm)
+                if outcome.rows:
+                    name = self.name(cell) if len(rows) == first else ""
+                    rows.append([name, design.label, *_scores(outcome.rows), *_costs(outcome)])
+                if outcome.teacher:
+                    rows.append(["", f"{design.label}: its teachers", *_scores(outcome.teacher), "", ""])
+            sections.append(len(rows) - 1)
+        notes = [_INTERVALS, "Worst hospital: its mean Dice, averaged over seeds. Sent: all hospitals, up and down."]
+        return Sheet(f"Arms on {self.split} images", columns, rows, notes, frozenset(sections[:-1]))
+
+    def differences(self) -> Sheet:
+        """Return the paired differences of each cell, in Dice points."""
+        columns = [Column("cell", left=True), Column("difference", left=True), Column("seeds")]
+        columns += [Column("points"), Column("95 %"), Column("by seed", left=True)]
+        rows = []
+        for cell in self.cells():
+            for difference in self.study.differences:
+                found = self.pairs(cell, difference)
+                if found:
+                    interval = nested_bootstrap(found)
+                    each = ", ".join(f"{100 * nested_bootstrap({seed: found[seed]}).estimate:+.1f}" for seed in found)
+                    numbers = [str(len(found)), f"{100 * interval.estimate:+.2f}", _bounds(interval, 100, "+.2f"), each]
+                    rows.append([self.name(cell), difference.label, *numbers])
+        names = {name: arm.label for name, arm in self.study.arms.items()}
+        notes = [f"{d.label}: {names[d.of]} minus {names[d.over]}." for d in self.study.differences]
+        return Sheet("Differences in Dice points, image by image", columns, rows, [*notes, _INTERVALS])
+
+    def pairs(self, cell: tuple[str, str], difference: Difference) -> dict[int, dict[str, np.ndarray]]:
+        """Return the differences of a cell by seed and hospital; empty where an arm is missing."""
+        base, other = self.outcome(cell, difference.over), self.outcome(cell, difference.of)
+        return {seed: dict(of) for seed, of in paired(base.rows, other.rows).items()}
+
+    def teachers(self) -> Sheet:
+        """Return how each distilled student stands beside the teachers it learned from."""
+        columns = [Column("cell", left=True), Column("arm", left=True), Column("seeds"), Column("teachers")]
+        columns += [Column("student"), Column("student / teacher"), Column("paired points"), Column("95 %")]
+        rows = []
+        for cell in self.cells():
+            for arm, design in self.study.arms.items():
+                outcome = self.outcome(cell, arm)
+                if outcome.teacher:
+                    teacher, student = (nested_bootstrap(samples(r)) for r in (outcome.teacher, outcome.rows))
+                    points = nested_bootstrap(paired(outcome.teacher, outcome.rows))
+                    ratio = student.estimate / teacher.estimate if teacher.estimate else math.nan
+                    shown = [number(teacher.estimate, 3), number(student.estimate, 3), f"{100 * ratio:.1f} %"]
+                    shown += [f"{100 * points.estimate:+.2f}", _bounds(points, 100, "+.2f")]
+                    rows.append([self.name(cell), design.label, str(len(outcome.teacher)), *shown])
+        notes = ["Teachers: each hospital's own on that hospital's images.", _INTERVALS]
+        return Sheet("Student beside teachers", columns, rows, notes)
+
+    def hospitals(self, difference: Difference) -> Sheet:
+        """Return a difference hospital by hospital: does anybody lose?"""
+        columns = [Column("cell", left=True), Column("hospital", left=True), Column("seeds"), Column("images")]
+        columns += [Column("points"), Column("95 %")]
+        rows = []
+        for cell in self.cells():
+            found = self.pairs(cell, difference)
+            for hospital in sorted({name for of in found.values() for name in of}):
+                interval = nested_bootstrap(found, hospital)
+                seeds = sum(hospital in of for of in found.values())
+                shown = [str(seeds), str(interval.n), f"{100 * interval.estimate:+.2f}", _bounds(interval, 100, "+.2f")]
+                rows.append([self.name(cell), hospital, *shown])
+        of, over = (self.study.arms[name].label for name in (difference.of, difference.over))
+        return Sheet(f"Hospital by hospital: {of} minus {over}, Dice points", columns, rows, [_INTERVALS])
+
+    def name(self, cell: tuple[str, str]) -> str:
+        """Return a cell's name for people."""
+        return f"{self.study.data[cell[0]].label}, {self.study.teachers[cell[1]]}"
+
+
+def _scores(rows: Rows) -> list[str]:
+    """Return seeds, Dice with its interval, IoU, HD95 and the worst hospital's Dice as cells."""
+    dice = nested_bootstrap(samples(rows))
+    others = [nested_bootstrap(samples(rows, metric), draws=1).estimate for metric in ("iou", "hd95")]
+    worst = float(np.mean([summarize(kept).worst.dice for kept in rows.values()]))
+    shown = [number(dice.estimate, 3), _bounds(dice, 1, ".3f"), number(others[0], 3), number(others[1], 1)]
+    return [str(len(rows)), *shown, number(worst, 3)]
+
+
+def _costs(outcome: Outcome) -> list[str]:
+    sent, seconds = np.mean(list(outcome.bytes.values())), np.mean(list(outcome.seconds.values()))
+    return [human_bytes(float(sent)) if sent else "–", f"{seconds / 60:.1f} min"]
+
+
+def _bounds(interval: Interval, scale: float, style: str) -> str:
+    if math.isnan(interval.low):
+        return "too few"
+    return f"{scale * interval.low:{style}} to {scale * interval.high:{style}}"
