@@ -18,9 +18,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from building import BASE, CONFIGS, Built, build
 from fkd_med.cli import main
+from fkd_med.cli.reproduce import read_study
 from fkd_med.losses import DistillationTerm, WeightSchedule
 from fkd_med.modules import DistillationModule
 from fkd_med.networks import PARAMETER_BOUND, count_parameters, forward_padded
+from fkd_med.study import Selection, jobs_of
 
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 
@@ -36,7 +38,8 @@ def name(path: Path) -> str:
 WHOLE = [name(path) for path in FILES if {"data", "model"} <= content(path).keys()]
 DATA = [name(path) for path in FILES if content(path).get("class_path", "").startswith("fkd_med.data.")]
 NETWORKS = [name(path) for path in FILES if "class_path" in content(path) and name(path) not in DATA]
-OVERLAYS = [name(path) for path in FILES if name(path) not in {*WHOLE, *DATA, *NETWORKS}]
+STUDIES = [name(path) for path in FILES if "arms" in content(path)]
+OVERLAYS = [name(path) for path in FILES if name(path) not in {*WHOLE, *DATA, *NETWORKS, *STUDIES}]
 LOSSES = [file for file in OVERLAYS if file.startswith("distillation/")]
 
 
@@ -153,6 +156,24 @@ def test_overlay_applies(overlay: str) -> None:
         key: value for key, value in said.items() if before.get(key) != value
     }
     assert changed, f"{overlay} repeats what {BASE} says"
+
+
+@pytest.mark.parametrize(("file", "preset"), [(f, p) for f in STUDIES for p in content(CONFIGS / f)["presets"]])
+def test_runs_of_a_study_build(file: str, preset: str, tmp_path: Path) -> None:
+    """Every arm of every cell is a configuration that `fkd fit` takes, and is what its settings say."""
+    study = read_study(CONFIGS / file)
+    one = Selection(seeds=[3], roots=dict.fromkeys(study.data, str(tmp_path)))
+    for job in jobs_of(study, study.preset(preset), CONFIGS, tmp_path / "out", one):
+        job.prepare()
+        files = [Path(text) for text in job.arguments()[2::2]]
+        settings = leaves(content(files[-1]))
+        if "gpu" in settings.values():  # there may be none here
+            settings["trainer.accelerator"] = "cpu"
+        built = build(*files, arguments=("--trainer.accelerator", "cpu"))
+        found = leaves(dump(built))
+        wanted = {plain(key): value for key, value in settings.items()}
+        assert {key: found.get(key) for key in wanted} == wanted, job.name
+        assert built.given.seed_everything == 3
 
 
 def test_small_changes_only_size_and_length() -> None:

@@ -26,6 +26,7 @@ from nbclient import NotebookClient
 
 from building import BASE, CONFIGS, Built, build
 from fkd_med.cli import COMMANDS, main
+from fkd_med.cli.reproduce import read_study
 from fkd_med.data import FederatedDataModule
 from fkd_med.federated import FederatedTrainer, Federation, TeacherStage
 from fkd_med.modules import DistillationModule, MutualDistillationModule
@@ -112,6 +113,9 @@ def test_shown_command_exists(words: list[str], tmp_path: Path) -> None:
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     if words[0] == "fkd" and words[1] in ("fit", "teachers"):
         assert Built(words[1:], _Stack()).model is not None
+    elif words[:2] == ["fkd", "reproduce"]:
+        given = dict(pair for pair in zip(words, words[1:], strict=False) if pair[0].startswith("--"))
+        assert read_study(ROOT / given["--config"]).preset(given["--preset"]).seeds
     elif words[0] == "fkd":
         assert words[1] in COMMANDS
 

@@ -1,4 +1,4 @@
-"""`python -m fkd_med` is the command `fkd`."""
+"""``python -m fkd_med`` is ``fkd``."""
 
 from fkd_med.cli import entry_point
 

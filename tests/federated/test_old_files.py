@@ -12,10 +12,11 @@ from fkd_med.checkpoints import read_checkpoint, write_checkpoint
 from fkd_med.cli.best_weights import latest_checkpoint, recorded_best
 from fkd_med.errors import RunError
 from fkd_med.federated import Federation
+from fkd_med.federated.client_state import ClientStates
 
 
-def fit(fed: Any, folder: Path, rounds: int, resume: bool = False) -> Any:
-    trainer = fed.trainer(folder, Federation(rounds=rounds, optimizer_state="keep", fraction=0.67))
+def fit(fed: Any, folder: Path, rounds: int, resume: bool = False, fraction: float = 0.67) -> Any:
+    trainer = fed.trainer(folder, Federation(rounds=rounds, optimizer_state="keep", fraction=fraction))
     trainer.fit(
         fed.student(), datamodule=fed.Hospitals(),
         ckpt_path=folder / "checkpoints" / "last.ckpt" if resume else None,
@@ -39,6 +40,31 @@ def test_after_six_rounds_only_the_best_and_the_last_are_there(fed, tmp_path) ->
     assert found == needed and len({round for _, round in found}) > 1
     assert not list((tmp_path / "journal").iterdir())
     assert not list(tmp_path.rglob("*.fkd-tmp"))
+
+
+def test_a_kill_between_the_last_checkpoint_and_clearing_away_leaves_nothing(fed, tmp_path, monkeypatch) -> None:
+    """Found by a random kill: no round was left to train, so nobody cleared away what the last one had."""
+    fit(fed, tmp_path / "whole", 4, fraction=1.0)
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_: Any) -> None:
+        raise Killed
+
+    fit(fed, tmp_path / "killed", 3, fraction=1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(ClientStates, "prune", die)
+        with pytest.raises(Killed):
+            fit(fed, tmp_path / "killed", 4, resume=True, fraction=1.0)
+    before, expected = (states(tmp_path / name) for name in ("killed", "whole"))
+    assert expected < before
+    fit(fed, tmp_path / "killed", 4, resume=True, fraction=1.0)
+    assert states(tmp_path / "killed") == expected
+
+
+def states(run: Path) -> set[str]:
+    return {path.relative_to(run).as_posix() for path in run.glob("clients/*/state-*.pt")}
 
 
 # --- no clock decides -----------------------------------------------------------------------------------------------

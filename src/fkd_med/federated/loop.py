@@ -133,6 +133,8 @@ class FederatedLoop(_FitLoop):
         self.max_batches = self.trainer.val_check_batch = len(self._choose(1))
         left = range(self.round, int(self.max_epochs or 0) + 1)
         trainer.reporter.begin("rounds", sum(len(self._choose(round)) for round in left))
+        if not left:  # killed after the last checkpoint: what its round had still to clear away
+            self._prune()
 
     def _choose(self, round: int) -> list[str]:
         return self.federation.select(self.clients, global_seed(), round, self.sizes)
@@ -224,6 +226,11 @@ class FederatedLoop(_FitLoop):
         self._report(round)
         super().on_advance_end()
         self.exchange.forget(round)
+        self._prune()
+
+    def _prune(self) -> None:
+        """Delete the clients' states that no checkpoint on disk would resume from."""
+        trainer = self._federated_trainer
         if trainer.is_global_zero and self.states.versions:
             self.states.prune(trainer.needed_states())
 

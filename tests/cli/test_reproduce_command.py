@@ -1,0 +1,113 @@
+"""`fkd reproduce` as a user gives it: the tiny preset, the second run, pieces, tables alone, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fkd_med.cli import main
+from fkd_med.study import runner
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+TINY = ["reproduce", "--config", str(CONFIGS / "paper.yaml"), "--preset", "tiny", "--output", "made"]
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
+    """Work in an empty folder, with runs in this process: importing the stack for each would take minutes."""
+    monkeypatch.chdir(tmp_path)
+    given: list[list[str]] = []
+
+    def here(arguments: list[str], seconds: float | None) -> int:
+        given.append(arguments)
+        return main(arguments)
+
+    monkeypatch.setattr(runner, "run_process", here)
+    return given
+
+
+def test_tiny_makes_every_table_once(launched: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(TINY) == 0
+    text = Path("made/RESULTS.md").read_text()
+    for said in ("local student", "pooled student", "FedAvg teacher", "FKD as published", "FKD, ours: its teachers"):
+        assert said in text
+    assert "gain of distillation" in text and "Student beside teachers" in text and "hospital-c" in text
+    assert "missing" not in text
+    assert {"RESULTS.md", "results.csv", "differences.png", "dice_over_bytes.png"} <= set(names("made"))
+    runs = len(launched)
+    assert runs == 6
+    before = Path("made/results.csv").read_bytes()
+    Path("made/results.csv").unlink()
+    assert main(TINY) == 0 and len(launched) == runs, "finished runs are not run again"
+    assert Path("made/results.csv").read_bytes() == before
+    capsys.readouterr()
+    assert main([*TINY, "--tables", "--seeds", "0", "1"]) == 0 and len(launched) == runs
+    said = capsys.readouterr().out
+    assert "cvc resunet ours seed 1" in said.partition("Missing:")[2]
+    assert main([*TINY, "--tables", "--split", "val"]) == 0
+    assert Path("made/RESULTS-val.md").exists()
+
+
+def test_time_that_is_up_has_its_own_code(launched: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TINY, "--minutes", "0"]) == 143
+    assert not launched and "6 runs are left. The same command goes on." in capsys.readouterr().out
+
+
+def test_a_failed_run_is_named_and_the_others_are_made(
+    launched: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inside = runner.run_process
+    monkeypatch.setattr(runner, "run_process", lambda a, s: 1 if "local_student" in a[2] else inside(a, s))
+    assert main([*TINY, "--arms", "local", "fedavg"]) == 3
+    said = capsys.readouterr().out
+    assert "Failed with exit code 1: cvc local seed 0" in said
+    assert "FedAvg student" in Path("made/RESULTS.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "tinny"], "no 'tinny'. Did you mean tiny?"),
+        (["--preset", "cpu"], "The images of CVC-ClinicDB are not here"),
+        (["--data", "cvc"], "--data cvc: give NAME=FOLDER"),
+        (["--data", "cvc=a", "cvc=b"], "--data names 'cvc' twice"),
+        (["--seeds", "1", "1"], "--seeds has [1] more than once"),
+        (["--arms", "mine"], "--arms: there is no 'mine'"),
+        (["--config", str(CONFIGS / "quickstart.yaml")], "is not a study: it has no `arms`"),
+        (["--config", "nowhere.yaml"], "there is no such file"),
+        (["--minutes", "soon"], "minutes"),
+    ],
+)
+def test_bad_input_is_one_message_and_leaves_nothing(
+    arguments: list[str], message: str, launched: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*TINY, *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not launched and not names(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"differences": [{"label": "gain", "of": "ours", "over": "fedavq"}]}, "Did you mean fedavg?"),
+        ({"arms": {"ours": {"label": "x", "configs": ["nowhere.yaml"]}}, "differences": []}, "nowhere.yaml"),
+        ({"presets": {"tiny": {"seeds": [0], "settings": [1]}}}, "presets.tiny.settings must be groups"),
+        ({"presets": {"tiny": {"seeds": "many"}}}, "seeds"),
+        ({"color": "red"}, "color"),
+    ],
+)
+def test_a_wrong_study_names_the_key(
+    change: dict[str, object], message: str, launched: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = yaml.safe_load((CONFIGS / "paper.yaml").read_text())
+    content["presets"] = {"tiny": {"seeds": [0]}}
+    Path("study.yaml").write_text(yaml.safe_dump({**content, **change}))
+    assert main([*TINY, "--config", "study.yaml"]) == 2
+    assert message in capsys.readouterr().err
+    assert not launched and names(".") == ["study.yaml"]
+
+
+def names(folder: str | Path) -> list[str]:
+    return sorted(path.name for path in Path(folder).iterdir())

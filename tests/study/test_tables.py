@@ -1,0 +1,94 @@
+"""Tables of a study by hand: differences, ratios, hospitals, what is missing, and choices on validation images."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+from study_rows import finish, row
+
+from fkd_med.evaluation import ImageRow
+from fkd_med.study import Job, Study, Tables, read_outcomes
+from fkd_med.study.report import write_report
+
+
+def student(base: float, **other: object) -> list[ImageRow]:
+    return [row(base + (0.1 if c == "b" else 0.0), client=c, id=str(i), **other) for c in "ab" for i in range(6)]
+
+
+@pytest.fixture
+def tables(study: Study, jobs: list[Job]) -> Tables:
+    """Set X with Small: two seeds of `plain`, two of `taught`, with their teachers; the rest is missing."""
+    by_name = {job.name: job for job in jobs}
+    for seed, gain in ((0, 0.02), (1, 0.06)):
+        finish(by_name[f"x plain seed {seed}"], student(0.5))
+        taught = student(0.5 + gain) + student(0.6, model="teacher", arm="", round=0)
+        finish(by_name[f"x small taught seed {seed}"], taught, seconds=120)
+    return Tables(study, jobs, read_outcomes(jobs))
+
+
+def found(tables: Tables, name: str) -> list[list[str]]:
+    return [list(line) for sheet in tables.sheets() if sheet.title.startswith(name) for line in sheet.rows]
+
+
+def test_arms(tables: Tables) -> None:
+    plain, taught, teachers, *others = found(tables, "Arms on test images")
+    assert plain[:4] == ["Set X, Small", "plain student", "2", "0.550"]
+    assert taught[1:4] == ["taught student", "2", "0.590"] and taught[-1] == "2.0 min"
+    assert teachers[1:4] == ["taught student: its teachers", "2", "0.650"]
+    assert plain[7] == "0.500" and plain[5] == "0.275" and plain[6] == "5.0"  # the worst hospital, IoU, HD95
+    assert [line[:2] for line in others] == [["Set X, Large", "plain student"]]  # the run that both teachers share
+
+
+def test_differences(tables: Tables) -> None:
+    assert found(tables, "Differences") == [["Set X, Small", "gain", "2", "+4.00", "+2.00 to +6.00", "+2.0, +6.0"]]
+
+
+def test_student_beside_teacher(tables: Tables) -> None:
+    (line,) = found(tables, "Student beside teachers")
+    assert line == ["Set X, Small", "taught student", "2", "0.650", "0.590", "90.8 %", "-6.00", "-8.00 to -4.00"]
+
+
+def test_hospitals(tables: Tables) -> None:
+    lines = found(tables, "Hospital by hospital")
+    assert [line[1:5] for line in lines] == [["a", "2", "12", "+4.00"], ["b", "2", "12", "+4.00"]]
+
+
+def test_missing_runs_are_named_and_the_rest_is_made(tables: Tables, tmp_path: Path) -> None:
+    assert len(tables.missing) == len(tables.jobs) - 4 and "y large taught seed 1" in tables.missing
+    files = write_report(tables, tmp_path / "made")
+    assert [file.name for file in files] == [
+        "RESULTS.md",
+        "results.csv",
+        "differences.png",
+    ]  # no bytes, no plot of them
+    text = files[0].read_text()
+    assert "10 of 14 runs are missing" in text and "y large taught seed 1" in text and "+4.00" in text
+    with files[1].open() as file:
+        lines = list(csv.DictReader(file))
+    assert {line["model"] for line in lines} == {"student", "teacher"} and len(lines) == 3 * 2 * 3
+    one = [line for line in lines if line["hospital"] == "b" and line["arm"] == "taught" and line["seed"] == "1"]
+    assert [float(line["dice"]) for line in one] == [pytest.approx(0.66), pytest.approx(0.7)]
+    assert files[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_finished_makes_empty_tables(study: Study, jobs: list[Job]) -> None:
+    assert Tables(study, jobs, read_outcomes(jobs)).sheets() == []
+
+
+def test_validation_takes_the_round_that_was_kept(study: Study, jobs: list[Job]) -> None:
+    """Of a federation the best round; of hospitals alone, the best round of each."""
+
+    def val(dice: float, client: str, round: int, arm: str) -> ImageRow:
+        return row(dice, client=client, split="val", round=round, arm=arm, hd95=None)
+
+    def both(arm: str) -> list[ImageRow]:
+        scores = {1: (0.2, 0.9), 2: (0.8, 0.4), 3: (0.1, 0.1)}
+        return [val(d, c, r, arm) for r, pair in scores.items() for c, d in zip("ab", pair, strict=True)]
+
+    finish(jobs[0], both("federated"))
+    finish(jobs[2], both("local-only"))
+    outcomes = read_outcomes(jobs, "val")
+    kept = {arm: sorted((r.client, r.round) for r in outcomes["x", "", arm].rows[0]) for arm in ("plain", "extra")}
+    assert kept == {"plain": [("a", 2), ("b", 2)], "extra": [("a", 2), ("b", 1)]}
