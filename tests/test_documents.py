@@ -10,6 +10,7 @@ In README.md and docs/, blocks are
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 import shlex
 from collections.abc import Iterator
@@ -114,7 +115,7 @@ def test_shown_command_exists(words: list[str], tmp_path: Path) -> None:
     if words[0] == "fkd" and words[1] in ("fit", "teachers"):
         assert Built(words[1:], _Stack()).model is not None
     elif words[:2] == ["fkd", "reproduce"]:
-        given = dict(pair for pair in zip(words, words[1:], strict=False) if pair[0].startswith("--"))
+        given = dict(pair for pair in itertools.pairwise(words) if pair[0].startswith("--"))
         assert read_study(ROOT / given["--config"]).preset(given["--preset"]).seeds
     elif words[0] == "fkd":
         assert words[1] in COMMANDS

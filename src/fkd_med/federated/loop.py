@@ -222,7 +222,7 @@ class FederatedLoop(_FitLoop):
 
     def on_advance_end(self) -> None:
         """Report the round, then let Lightning write checkpoints."""
-        round, trainer = self.round, self._federated_trainer
+        round = self.round
         self._report(round)
         super().on_advance_end()
         self.exchange.forget(round)
