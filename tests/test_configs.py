@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from building import BASE, CONFIGS, Built, build
 from fkd_med.cli import main
 from fkd_med.cli.reproduce import read_study
+from fkd_med.cli.stored import settled_text
 from fkd_med.losses import DistillationTerm, WeightSchedule
 from fkd_med.modules import DistillationModule
 from fkd_med.networks import PARAMETER_BOUND, count_parameters, forward_padded
@@ -237,3 +238,11 @@ def plain(key: str) -> str:
     head, _, rest = key.partition(".")
     short = head == "federation" and not rest.startswith(("init_args", "class_path"))
     return f"{head}.init_args.{rest}" if short else key
+
+
+def test_lightnings_timer_can_be_written_down() -> None:
+    """Its default interval is an enumeration, of which config.yaml has the word."""
+    timer = "--trainer.callbacks+=lightning.pytorch.callbacks.Timer"
+    built = build(BASE, arguments=(timer, "--trainer.callbacks.duration=00:01:00:00"))
+    written = yaml.safe_load(settled_text(built.parser, built.config, ()))["trainer"]["callbacks"][-1]
+    assert written["init_args"] == {"duration": "00:01:00:00", "interval": "step", "verbose": True}

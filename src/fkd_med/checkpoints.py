@@ -15,6 +15,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
+import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -48,6 +49,29 @@ class LastCheckpoint(ModelCheckpoint):
             save_on_train_epoch_end=True,
             enable_version_counter=False,
         )
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put this folder in place of the one a run was moved or copied from, in what all callbacks remember.
+
+        Lightning forgets the best score so far where the folder's name differs, and the next best would be any.
+        """
+        states = checkpoint.get("callbacks", {})
+        old, new = states.get(self.state_key, {}).get("dirpath"), str(self.dirpath)
+        folder = os.path.realpath(Path(str(trainer.ckpt_path)).parent)
+        if old is None or old == new or folder != os.path.realpath(new):  # or a checkpoint of another run
+            return
+        for state in states.values():
+            if isinstance(state, dict) and state.get("dirpath") == old:
+                state.update(_moved(state, old, new))
+
+
+def _moved(value: Any, old: str, new: str) -> Any:
+    """Return a callback's state with the folder `new` where it names files of `old`."""
+    if isinstance(value, dict):
+        return {_moved(key, old, new): _moved(inner, old, new) for key, inner in value.items()}
+    if isinstance(value, str) and (value == old or os.path.dirname(value) == old):
+        return new + value.removeprefix(old)
+    return value
 
 
 class SafeCheckpointIO(CheckpointIO):

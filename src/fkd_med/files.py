@@ -14,6 +14,7 @@ import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,7 +35,7 @@ _REMEDIES = {
 }
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> BufferedReader:
     """Open a file to read its bytes; never a pipe or a socket, which would be waited for without end.
 
     Raises:
@@ -134,7 +135,7 @@ def append_text(path: str | Path, text: str) -> None:
 def file_digest(path: str | Path) -> str | None:
     """Return the SHA-256 of a file, or None if there is none that can be read."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return None

@@ -225,6 +225,29 @@ def test_an_accepted_change_is_recorded_and_the_same_command_works_again(tiny_ru
     assert main([*arguments, "--federation.rounds=2"]) == 2, "the configuration in force is what counts now"
 
 
+def test_a_kill_before_the_new_configuration_costs_and_doubles_nothing(tiny_run, run, capsys, monkeypatch) -> None:
+    """Of a run with all rounds closed, too: no training begins, and its configuration still is the one in force."""
+    arguments = ["fit", "--config", str(tiny_run.parents[1] / "tiny.yaml"), "--run_dir", str(run), "--ckpt_path=last"]
+    arguments += [*QUICK, "--data.num_workers=1"]
+
+    def killed(path: Path, text: str) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fkd_med.cli.lightning.atomic_write_text", killed)
+        assert main(arguments) == 1
+    noted = (run / "config-changes.csv").read_text()
+    assert noted.count("\n") == 4, "a head and three keys"
+    assert main(arguments) == 0
+    assert (run / "config-changes.csv").read_text() == noted
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["data"]["init_args"]["num_workers"] == 1 and config["test_after_fit"] is False
+    arguments[-1] = "--data.num_workers=0"
+    assert main(arguments) == 0
+    last = (run / "config-changes.csv").read_text().removeprefix(noted)
+    assert last.endswith(",data.num_workers,1,0\n") and last.count("\n") == 1
+
+
 def test_without_federation_too(tiny_run, tmp_path, capsys) -> None:
     config = yaml.safe_load((tiny_run.parents[1] / "tiny.yaml").read_text())
     del config["federation"]

@@ -156,3 +156,14 @@ def test_a_crash_between_the_first_best_and_the_first_last_can_be_resumed(tiny_r
     assert command(tiny_run, "fit", run, *SHORT, "--ckpt_path=last") == 0
     assert (run / "student.ckpt").is_file()
     assert {row.round for row in ImageTable.read(run / "images.csv")} == {1}
+
+
+def test_a_test_that_is_made_again_does_not_stand_there_twice(tiny_run: Path, tmp_path: Path) -> None:
+    """As after a kill in the test; here the whole of it had been written, and nothing is left to train."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    before = [line for line in (run / "images.csv").read_text().splitlines() if ",local-only," not in line]
+    assert command(tiny_run, "fit", run, "--federation.local_baseline=false", "--ckpt_path=last") == 0
+    assert sorted((run / "images.csv").read_text().splitlines()) == sorted(before)
+    curves = (run / "metrics.csv").read_text().splitlines()
+    assert sum(",test/dice," in line for line in curves) == 1

@@ -152,6 +152,17 @@ def test_a_truncated_image_is_found_with_the_masks(tmp_path: Path) -> None:
         scan_masks(found)
 
 
+def test_of_several_processes_the_first_alone_reads_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All need the masks' coding; one is enough to find a damaged image, and it takes long."""
+    found = records(tmp_path, SQUARE)
+    found[0].image.write_bytes(b"rubbish")
+    monkeypatch.setattr("fkd_med.data.masks.is_first_rank", lambda: False)
+    assert scan_masks(found) == MaskCoding(1, (0, 1))
+    monkeypatch.undo()
+    with pytest.raises(DataError, match=r"image0\.png"):
+        scan_masks(found)
+
+
 def test_apply_refuses_values_it_has_not_seen() -> None:
     with pytest.raises(DataError, match=r"new\.png: values 5 "):
         MaskCoding(3, (0, 1, 2)).apply(np.array([[5]]), "new.png")

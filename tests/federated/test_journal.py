@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from fkd_med.aggregation import Scaffold
-from fkd_med.communication import Int4, Packing
+from fkd_med.communication import Broadcast, Int4, Packing
 from fkd_med.federated import Chaos, Federation, ScaffoldRule
 from fkd_med.federated import journal as journal_module
+from fkd_med.federated.opening import Openings
 
 FILES = ("ledger.csv", "images.csv", "metrics.csv", "absences.csv")
 ROUNDS, OPEN = 3, 2
@@ -244,3 +245,16 @@ def test_an_empty_state_leaves_no_older_one_behind(fed, tmp_path) -> None:
     killed(fed, tmp_path, optimizer_state="keep", batch_norm="average")
     fit(fed, tmp_path, resume=True)
     assert not (tmp_path / "clients" / "a" / f"state-{OPEN:05d}.pt").exists()
+
+
+def test_what_a_client_keeps_is_part_of_what_it_starts_from(fed, tmp_path) -> None:
+    trainer = fed.trainer(tmp_path, Federation(rounds=1, optimizer_state="keep"))
+    trainer.fit(fed.student(), datamodule=fed.Hospitals())
+    loop = trainer.fit_loop
+    broadcast = Broadcast(2, loop._state(), {})
+    before = {client: Openings(loop._worker).digest(client, broadcast) for client in "ab"}
+    kept = loop.states.load("a")
+    kept.optimizers[0]["state"][0]["exp_avg"] += 1
+    loop.states.save("a", 1, kept)
+    after = {client: Openings(loop._worker).digest(client, broadcast) for client in "ab"}
+    assert before["a"] != after["a"] and before["b"] == after["b"]

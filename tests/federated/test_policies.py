@@ -100,6 +100,13 @@ def test_recalibrated_statistics_are_those_of_the_images() -> None:
     assert module.training and module.body[1].training and module.body[1].momentum == 0.1
 
 
+def test_recalibration_goes_with_weights_in_half_precision() -> None:
+    layers = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)).to(torch.bfloat16)
+    found = recalibrated(layers, DataLoader([{"image": torch.ones(3, 4, 4)}]))
+    expected = layers[0](torch.ones(1, 3, 4, 4, dtype=torch.bfloat16))[0, :, 0, 0]
+    assert torch.allclose(found["1.running_mean"].float(), expected.float(), rtol=0.02)
+
+
 def test_what_trains_beside_the_student_is_no_part_of_a_policy() -> None:
     """Its BatchNorm is neither recalibrated nor local, and no pattern freezes it."""
     module = Mixed()

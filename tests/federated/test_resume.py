@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +173,38 @@ def test_more_rounds_go_on_where_a_finished_run_ended(fed, tmp_path, uninterrupt
     _, state = fit(fed, tmp_path, Rounds(opened), resume=True)
     assert opened == [3, 4]
     assert fed.same(state, expected)
+
+
+@pytest.mark.parametrize("carry", [Path.rename, shutil.copytree])
+def test_a_run_that_was_moved_or_copied_keeps_its_best(fed, tmp_path, carry) -> None:
+    """Also where the original still is: nothing there is read, kept or removed."""
+    trainer, _ = fit(fed, tmp_path / "old", recipe={"rounds": 2, "optimizer_state": "keep"})
+    score, name = trainer.checkpoint_callback.best_model_score, Path(trainer.checkpoint_callback.best_model_path).name
+    carry(tmp_path / "old", tmp_path / "new")
+    seen: list[Any] = []
+    note = L.pytorch.callbacks.LambdaCallback(
+        on_train_start=lambda trainer, _: seen.append(copy.deepcopy(trainer.checkpoint_callback.state_dict()))
+    )
+    trainer, _ = fit(fed, tmp_path / "new", note, resume=True, recipe={"rounds": 3, "optimizer_state": "keep"})
+    (state,), best = seen, str(tmp_path / "new" / "checkpoints" / name)
+    assert (state["best_model_score"], state["best_model_path"]) == (score, best)
+    assert state["kth_best_model_path"] == best and list(state["best_k_models"]) == [best]
+    left = {path.name for path in (tmp_path / "new" / "checkpoints").iterdir()}
+    assert left == {"last.ckpt", Path(trainer.checkpoint_callback.best_model_path).name}
+
+
+def test_a_checkpoint_of_another_run_brings_no_paths_along(fed, tmp_path) -> None:
+    """Its best weights are not in this folder, whatever lies there under the same name."""
+    fit(fed, tmp_path / "other", recipe={"rounds": 1})
+    paths: list[str] = []
+    note = L.pytorch.callbacks.LambdaCallback(
+        on_train_start=lambda trainer, _: paths.append(trainer.checkpoint_callback.best_model_path)
+    )
+    here = fed.trainer(tmp_path / "here", Federation(rounds=2), callbacks=[note])
+    module = fed.student(optimizer=fed.sgd, scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 3, 0.7))
+    with pytest.warns(UserWarning, match="The dirpath has changed"):
+        here.fit(module, datamodule=fed.Hospitals(), ckpt_path=str(tmp_path / "other" / "checkpoints" / "last.ckpt"))
+    assert Path(paths[0]).parent == tmp_path / "other" / "checkpoints"
 
 
 def test_a_finished_run_does_nothing_more(fed, tmp_path) -> None:

@@ -488,6 +488,22 @@ def test_brought_teachers_load(fed, tmp_path, monkeypatch, kind) -> None:
     assert fits == [] and not (tmp_path / "store").exists()
 
 
+def test_a_brought_teacher_is_read_once_to_be_checked_and_once_to_be_loaded(fed, tmp_path, monkeypatch) -> None:
+    from fkd_med.federated import teachers
+
+    path, read = tmp_path / "t.pt", teachers.read_teacher
+    torch.save(fed.network(6).state_dict(), path)
+    stage, reads = fed.teacher_stage(tmp_path / "store", checkpoints={"a": str(path)}), []
+    monkeypatch.setattr(teachers, "read_teacher", lambda *given: reads.append(given) or read(*given))
+    for _ in range(2):  # by the command before anything is written, and by the fit
+        stage.check_names(["a", "b"])
+        ensure(fed, stage)
+    assert len(reads) == 1
+    path.write_bytes(b"rubbish")
+    with pytest.raises(RunError, match=r"teacher of a.*t\.pt"):
+        stage.load("a")
+
+
 def test_wrong_architecture_names_both(fed, tmp_path) -> None:
     torch.save(fed.network(5).state_dict(), tmp_path / "t.pt")
     stage = fed.teacher_stage(tmp_path / "store", checkpoints={"a": str(tmp_path / "t.pt")})

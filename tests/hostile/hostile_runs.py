@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -56,17 +59,23 @@ def other_fit(place: Place) -> list[str]:
 
 
 def hostile_journal(place: Place) -> list[str]:
-    """A torn update, one of nobody, and links that lead out of the run; the caches have a flipped bit each."""
-    place.file("precious.txt", "precious")
+    """A torn update with a note, some of nobody, and links that lead out of the run; caches with a flipped bit each."""
+    precious = place.file("precious.txt", "precious")
     journal = place.run / "journal"
-    (journal / "round-00002").mkdir()
-    (journal / "round-00002/hospital-a.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{torn")
-    (journal / "round-00002/nobody.safetensors").write_bytes(b"rubbish")
+    open_round, closed = journal / "round-00002", journal / "round-00001"
+    open_round.mkdir()
+    closed.mkdir(exist_ok=True)
+    update = b"\x10\0\0\0\0\0\0\0{torn"
+    note = {"opening": "0" * 64, "update": hashlib.sha256(update).hexdigest(), "state": None, "metrics": {"lr": 1e999}}
+    for client in ("hospital-a", "nobody"):
+        (open_round / f"{client}.update").write_bytes(update)
+        (open_round / f"{client}.json").write_text(json.dumps(note))
+    (open_round / "hospital-b.update").symlink_to(precious)
+    os.mkfifo(open_round / "hospital-b.json")
     (journal / "round-00000").symlink_to(place.root / "keep", target_is_directory=True)
     (place.root / "keep").mkdir()
     (place.root / "keep/precious.txt").write_text("precious")
-    (journal / "round-00001").mkdir(exist_ok=True)
-    (journal / "round-00001/hospital-b.safetensors").symlink_to(place.root / "precious.txt")
+    (closed / "hospital-b.update").symlink_to(precious)
     flipped(first_map(place))
     flipped(first_teacher(place))
     return place.resume("--test_after_fit=false")
@@ -78,6 +87,14 @@ def first_teacher(place: Place) -> Path:
 
 def first_map(place: Place) -> Path:
     return next(place.teachers.glob("maps/hospital-a-*/tap-0.npy"))
+
+
+def journal_is_clean(place: Place) -> bool:
+    """Nothing that lay in the journal was taken for an update, or is left; the caches are right again."""
+    rounds = {row["round"] for row in csv.DictReader((place.run / "ledger.csv").open())}
+    both = {row["client"] for row in csv.DictReader((place.run / "ledger.csv").open()) if row["round"] == "2"}
+    left = list((place.run / "journal").iterdir())
+    return rounds == {"1", "2"} and both == {"hospital-a", "hospital-b"} and not left and caches_are_right(place)
 
 
 def caches_are_right(place: Place) -> bool:
@@ -116,6 +133,6 @@ RUNS = {
     "run of another seed": Case(of_another_seed, ("seed",)),
     "round given to plain training": Case(other_fit, ("federation",)),
     "journal that leads out of the run, altered teacher and maps": Case(
-        hostile_journal, code=0, may_change=GOES_ON, holds=caches_are_right
+        hostile_journal, code=0, may_change=GOES_ON, holds=journal_is_clean
     ),
 }

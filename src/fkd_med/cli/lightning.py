@@ -48,6 +48,7 @@ class FkdCLI(LightningCLI):
     def __init__(self, arguments: list[str], stack: ExitStack) -> None:
         self.stack = stack
         self.changes: list[Change] = []
+        self.unwritten: str | None = None  # the configuration, until it is in the run directory
         self.console = wide_console()
         super().__init__(
             L.LightningModule,
@@ -186,19 +187,19 @@ class FkdCLI(LightningCLI):
         trainer.check_teachers(model, datamodule)
         if not fast and is_first_rank():
             self.stack.enter_context(self.run_dir.lock())
-            text = settled_text(self.parser, self.config, self.plan.derived)
+            text = self.unwritten = settled_text(self.parser, self.config, self.plan.derived)
             trainer.goes_on = self.run_dir.begin(text, overwrite=self.given.overwrite, resume=self.plan.resumes)
             if self.plan.resumes:  # a resume that is refused must leave the run as it was
-                late = LambdaCallback(on_train_start=lambda *_: self._write_configuration(text, datamodule))
-                trainer.callbacks.append(late)
+                trainer.callbacks.append(LambdaCallback(on_train_start=lambda *_: self._write_configuration()))
             else:
-                self._write_configuration(text, datamodule)
+                self._write_configuration()
             if trainer.goes_on:
                 forget_rounds(trainer)
         initial = copy.deepcopy(model)
         for logger in trainer.loggers:
             logger.log_hyperparams({k: v for k, v in self.config_dump.items() if k != "config"})
         trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+        self._write_configuration()  # where nothing was left to train, no training has begun
         if fast:
             self.console.print("fast_dev_run: every part ran once; nothing was kept.")
             return
@@ -247,12 +248,16 @@ class FkdCLI(LightningCLI):
         if isinstance(model, SegmentationModule):
             model.arm = self.trainer.arm(getattr(datamodule, "client", None))
 
-    def _write_configuration(self, text: str, datamodule: Any) -> None:
-        record_changes(self.run_dir, self.changes, self.plan.checkpoint)
-        atomic_write_text(self.run_dir.config, text)
-        if isinstance(datamodule, FederatedDataModule) and not self.plan.resumes:
-            datamodule.manifest.write(self.run_dir.manifest)
+    def _write_configuration(self) -> None:
+        """Write down, once, what is in force from now on."""
+        if self.unwritten is None:
+            return
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger):
                 record_part(self.run_dir, logger)
                 self.stack.callback(logger.close, self.console)  # before the run directory is unlocked
+        record_changes(self.run_dir, self.changes, self.plan.checkpoint)
+        if isinstance(self.datamodule, FederatedDataModule) and not self.plan.resumes:
+            self.datamodule.manifest.write(self.run_dir.manifest)
+        atomic_write_text(self.run_dir.config, self.unwritten)  # last: what a kill leaves out comes again
+        self.unwritten = None

@@ -76,17 +76,19 @@ def accepted_changes(parser: ArgumentParser, config: Namespace, plan: Plan) -> l
 
 
 def record_changes(run_dir: RunDir, changes: Sequence[Change], checkpoint: str | None) -> None:
-    """Note accepted changes in the run directory, before its config.yaml is replaced."""
-    if not changes:
+    """Note accepted changes in the run directory, before its config.yaml is replaced; once, if a kill came between."""
+    after = closed(read_checkpoint(checkpoint or "")) if changes else 0
+    noted = {row[2]: row for row in _recorded(run_dir)}  # the last of each key
+    news = [[str(after), change.key, change.old, change.new] for change in changes]
+    news = [new for new in news if new != _undated(noted.get(new[1], []))]
+    if not news:
         return
     started, path = run_dir.path / "config-started.yaml", run_dir.path / _CHANGES
     if not started.exists():
         atomic_write_text(started, run_dir.config.read_text(encoding="utf-8"))
-    after = closed(read_checkpoint(checkpoint or ""))
     date = datetime.now(UTC).isoformat(timespec="seconds")
     text = io.StringIO()
-    rows = ([after, date, change.key, change.old, change.new] for change in changes)
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows([after, date, *rest] for _, *rest in news)
     append_text(path, ("" if path.exists() else _HEADER) + text.getvalue())
 
 
@@ -137,8 +139,17 @@ def _refuse(refused: Sequence[Change], changes: Sequence[Change], run_dir: RunDi
 
 def _earlier(run_dir: RunDir) -> set[str]:
     """The keys that an earlier resume accepted: the same command may be given again."""
+    return {row[2] for row in _recorded(run_dir)}
+
+
+def _recorded(run_dir: RunDir) -> list[list[str]]:
+    """The changes that earlier resumes noted: after, date, key, old, new; none if the file cannot be read."""
     try:
         rows = list(csv.reader(io.StringIO((run_dir.path / _CHANGES).read_text(encoding="utf-8"))))
     except (OSError, UnicodeDecodeError):
-        return set()
-    return {row[2] for row in rows[1:] if len(row) == 5}
+        return []
+    return [row for row in rows[1:] if len(row) == 5]
+
+
+def _undated(row: Sequence[str]) -> list[str]:
+    return [*row[:1], *row[2:]]

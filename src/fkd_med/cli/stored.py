@@ -10,12 +10,16 @@ from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from lightning.pytorch.callbacks.timer import Interval
 
 from fkd_med.cli.configuration import fit_networks_to_data, saved_configuration
 from fkd_med.cli.messages import explain_arguments
 from fkd_med.cli.resume_rules import acting
 from fkd_med.errors import RunError
 from fkd_med.rundir import RunDir
+
+# A default of Lightning's Timer is declared as a word and is an enumeration, which no YAML file can hold.
+yaml.SafeDumper.add_representer(Interval, lambda dumper, interval: dumper.represent_str(interval.value))
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from fkd_med.data.images import read_image, read_mask
 from fkd_med.data.progress import with_progress
 from fkd_med.data.records import Record, listing
 from fkd_med.errors import ConfigError, DataError
+from fkd_med.ranks import is_first_rank
 
 _REGION_SHARE = 0.01  # more of the foreground than this in solid regions of a middle grey is no anti-aliased border
 
@@ -86,7 +87,7 @@ class MaskCoding:
 
 
 def scan_masks(records: Iterable[Record], classes: int = 1, class_values: Sequence[int] | None = None) -> MaskCoding:
-    """Read every mask once and find what its values mean; check that each fits its image.
+    """Read every mask once and find what its values mean; check, on the first rank, that each fits its image.
 
     With one or two classes and no `class_values`, background is 0 and foreground the set's largest value: 1, 255 or
     65535, whatever the files' format could hold. With more, values must be 0 to classes - 1. `class_values` gives the
@@ -104,7 +105,8 @@ def scan_masks(records: Iterable[Record], classes: int = 1, class_values: Sequen
     """
     with_masks = [record for record in records if record.mask is not None]
     facts = survey_masks(with_masks)
-    check_sizes(with_masks, facts)
+    if is_first_rank():  # the slowest part of a start; of several processes the first would end all of them
+        check_sizes(with_masks, facts)
     return find_coding(facts, classes, class_values)
 
 

@@ -24,6 +24,7 @@ from fkd_med.data.preprocessing import Preprocessing
 from fkd_med.data.progress import with_progress
 from fkd_med.data.records import Record, listing
 from fkd_med.errors import DataError
+from fkd_med.ranks import is_first_rank
 
 Size = tuple[int, int]
 
@@ -97,7 +98,8 @@ def read_public(folder: str | Path, preprocessing: Preprocessing, records: Seque
     if not any(path.suffix.lower() in IMAGE_SUFFIXES or refused(path) for path in root.rglob("*")):
         raise DataError(f"data.public: {root}: no image (PNG, JPEG, TIFF, BMP) in it. Put some there, or leave it out.")
     images = PublicImages(find_images(root), preprocessing)
-    _refuse_shared(images, records)
+    if is_first_rank():  # of several processes the first would end all of them
+        _refuse_shared(images, records)
     return images
 
 

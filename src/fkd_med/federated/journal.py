@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from fkd_med.communication import Broadcast, check_client_name
 from fkd_med.errors import FkdError
 from fkd_med.federated.opening import Openings
-from fkd_med.files import atomic_write_text, file_digest
+from fkd_med.files import atomic_write_text, file_digest, open_regular
 from fkd_med.ranks import as_first_rank_says, is_first_rank
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Journal:
 def _read(path: Path) -> Finished | None:
     """Return a note, or None if there is none that can be read."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             stored = json.loads(file.read(_MOST_BYTES))
         metrics = {str(name): float(value) for name, value in stored["metrics"].items()}
         return Finished(stored["opening"], stored["update"], stored["state"], metrics)

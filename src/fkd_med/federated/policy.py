@@ -113,9 +113,9 @@ def recalibrated(module: nn.Module, loader: DataLoader[dict[str, Tensor]]) -> St
         layer.reset_running_stats()
         layer.momentum = None
         layer.train()
-    device = next(module.parameters()).device
+    first = next(module.parameters())
     for batch in loader:
-        module(batch["image"].to(device))
+        module(batch["image"].to(first.device, first.dtype))  # a true half precision has made the weights small
     found = {f"{path}.{name}": b.detach().cpu().clone() for path, n in layers.items() for name, b in n.named_buffers()}
     for path, layer in layers.items():
         layer.momentum, _, state = before[path]

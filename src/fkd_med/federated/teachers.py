@@ -62,6 +62,7 @@ class TeacherStage(TeacherSource):
         self.store = Path(store)
         self.checkpoints = {client: Path(path) for client, path in (checkpoints or {}).items()}
         self.files: dict[str, Path] = {}
+        self._fitting: set[str] = set()  # clients whose checkpoint has been read, and fits
 
     def ensure(self, client: str | None, data: Any, **options: Any) -> Path:
         """Return a client's teacher, from the store or the checkpoints given, training it if there is none.
@@ -76,7 +77,7 @@ class TeacherStage(TeacherSource):
         """
         name = client or POOLED
         if name in self.checkpoints:
-            read_teacher(self.checkpoints[name], name, self.module.network)
+            self._check_brought(name)
             self.files[name] = self.checkpoints[name]
             return self.files[name]
         flags = options.get("flags", {})
@@ -112,8 +113,14 @@ class TeacherStage(TeacherSource):
                     f"The teacher's checkpoints name client {name!r}, which does not exist; "
                     f"known are {', '.join(close)}."
                 )
-        for name, path in self.checkpoints.items():
-            read_teacher(path, name, self.module.network)
+        for name in self.checkpoints:
+            self._check_brought(name)
+
+    def _check_brought(self, name: str) -> None:
+        """Read a given checkpoint, once however often it is asked: it may be large, and `load` reads it anyhow."""
+        if name not in self._fitting:
+            read_teacher(self.checkpoints[name], name, self.module.network)
+            self._fitting.add(name)
 
     def check_trained(self, clients: Sequence[str | None]) -> None:
         """Refuse to give untrained teachers to a student that only copies them.
