@@ -17,14 +17,15 @@ from fkd_med.networks import (
     LargeKernelUNet,
     SlimUNet,
     forward_padded,
+    network_from_spec,
 )
 
 STUDENTS = [SlimUNet, LargeKernelUNet, AxialUNet, ContextUNet]
 COUNTS = {  # of (in_channels, classes)
     SlimUNet: {(1, 1): 101_417, (1, 2): 101_430, (3, 2): 101_646},
-    LargeKernelUNet: {(1, 1): 97_141, (1, 2): 97_150, (3, 2): 97_294},
+    LargeKernelUNet: {(1, 1): 100_785, (1, 2): 100_794, (3, 2): 100_938},
     AxialUNet: {(1, 1): 101_833, (1, 2): 101_842, (3, 2): 101_986},
-    ContextUNet: {(1, 1): 101_036, (1, 2): 101_045, (3, 2): 101_189},
+    ContextUNet: {(1, 1): 100_394, (1, 2): 100_407, (3, 2): 100_623},
 }
 
 every_student = pytest.mark.parametrize("student", STUDENTS, ids=lambda student: student.__name__)
@@ -171,8 +172,14 @@ def test_sizes_follow_the_arguments() -> None:
     assert small.size_divisor == 2 and small(torch.randn(2, 1, 6, 4)).shape == (2, 2, 6, 4)
     flat = AxialUNet(1, 2, widths=(4, 8, 12), kernel=5)
     assert flat.size_divisor == 4 and flat(torch.randn(2, 1, 8, 4)).shape == (2, 2, 8, 4)
-    shallow = ContextUNet(1, 2, widths=(4, 8, 8), blocks=(1, 2), dilations=(1, 2))
+    shallow = ContextUNet(1, 2, widths=(4, 8, 8), plain=1, dilations=(1, 3))
     assert shallow.size_divisor == 4 and shallow(torch.randn(2, 1, 8, 4)).shape == (2, 2, 8, 4)
+
+
+def test_a_checkpoints_lists_rebuild_them() -> None:
+    """Sizes come back from a checkpoint as lists."""
+    spec = {"class_path": "fkd_med.networks.LargeKernelUNet", "init_args": {"widths": [4, 8], "kernels": [3, 5]}}
+    assert count(network_from_spec(spec)) == count(LargeKernelUNet(widths=(4, 8), kernels=(3, 5)))
 
 
 @pytest.mark.parametrize(
@@ -181,7 +188,7 @@ def test_sizes_follow_the_arguments() -> None:
         (lambda: LargeKernelUNet(widths=(4, 8), kernels=(3,)), "LargeKernelUNet: 2 widths and 1 kernels"),
         (lambda: LargeKernelUNet(widths=(4, 8), kernels=(3, 4)), "LargeKernelUNet: kernel 4 is not odd"),
         (lambda: AxialUNet(kernel=6), "AxialUNet: kernel 6 is not odd"),
-        (lambda: ContextUNet(widths=(4, 8, 8), blocks=(1,)), "ContextUNet: 3 widths and 1 blocks"),
+        (lambda: ContextUNet(widths=(4, 8, 8), plain=3), "ContextUNet: plain 3 of 3 levels; use 1 to 2"),
     ],
 )
 def test_sizes_that_do_not_fit_are_told(make: object, message: str) -> None:

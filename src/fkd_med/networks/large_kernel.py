@@ -37,7 +37,7 @@ class InvertedBottleneck(nn.Module):
 
 
 class LargeKernelUNet(nn.Module):
-    """U-Net of inverted bottlenecks with large depthwise kernels, 97,294 parameters (3 channels, 2 classes).
+    """U-Net of inverted bottlenecks with large depthwise kernels, 100,938 parameters (3 channels, 2 classes).
 
     A depthwise kernel costs its area once per channel, so kernels of 7 and 9 pixels where images are small let a
     thin network look far; the two 1x1 convolutions hold most parameters. Strided 2x2 convolutions go down, as in
@@ -45,7 +45,7 @@ class LargeKernelUNet(nn.Module):
     `forward_padded`); output raw logits (N, classes, H, W). Source: Liu et al., "A ConvNet for the 2020s", 2022, and
     Ronneberger et al., "U-Net", 2015.
 
-    Parameters: 97,141 for one channel and one class, and 72 per further channel, 9 per further class.
+    Parameters: 100,785 for one channel and one class, and 72 per further channel, 9 per further class.
 
     Args:
         in_channels: channels of the images.
@@ -64,7 +64,7 @@ class LargeKernelUNet(nn.Module):
         self,
         in_channels: int = 3,
         classes: int = 1,
-        widths: tuple[int, ...] = (8, 12, 20, 28, 46),
+        widths: tuple[int, ...] = (8, 12, 20, 28, 48),
         kernels: tuple[int, ...] = (3, 3, 7, 7, 9),
         expansion: int = 4,
         blocks: int = 2,
