@@ -164,6 +164,23 @@ def test_taps_halve_from_level_to_level(student: type[nn.Module]) -> None:
         assert sides[f"decoder.{level}"] == 64 // 2 ** (levels - 1 - level)
 
 
+@pytest.mark.parametrize(
+    ("student", "tap", "channels"),
+    [
+        (SlimUNet, "decoder.2", 20),
+        (LargeKernelUNet, "decoder.1", 20),
+        (AxialUNet, "decoder.2", 32),
+        (ContextUNet, "decoder.2", 20),
+    ],
+)
+@torch.no_grad()
+def test_quarter_tap_is_the_documented_one(student: type[nn.Module], tap: str, channels: int) -> None:
+    network, seen = student().eval(), []
+    network.get_submodule(tap).register_forward_hook(lambda module, inputs, out: seen.append(tuple(out.shape)))
+    network(torch.randn(1, 3, 64, 64))
+    assert seen == [(1, channels, 16, 16)]
+
+
 # --- one by one -----------------------------------------------------------------------------------------------------
 
 
