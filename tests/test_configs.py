@@ -42,6 +42,7 @@ NETWORKS = [name(path) for path in FILES if "class_path" in content(path) and na
 STUDIES = [name(path) for path in FILES if "arms" in content(path)]
 OVERLAYS = [name(path) for path in FILES if name(path) not in {*WHOLE, *DATA, *NETWORKS, *STUDIES}]
 LOSSES = [file for file in OVERLAYS if file.startswith("distillation/")]
+STUDENTS = [file for file in OVERLAYS if file.startswith("students/")]
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +73,7 @@ def logits(network: torch.nn.Module, data: Any) -> tuple[int, ...]:
 
 
 def test_every_kind_is_there() -> None:
-    assert WHOLE and DATA and NETWORKS and OVERLAYS and LOSSES
+    assert WHOLE and DATA and NETWORKS and OVERLAYS and LOSSES and STUDENTS
     for task in ("cvc_clinicdb", "chest_xray"):
         arms = {"teacher_resunet", "teacher_transunet", "fkd_resunet", "fkd_transunet", "distill_central"}
         arms |= {"fedavg_student", "local_student"}
@@ -129,6 +130,17 @@ def test_losses_are_the_terms_of_their_file(file: str, base: str) -> None:
         found = built.model.losses[term]
         assert type(found).__name__ == spec["class_path"].rpartition(".")[2]
         assert {key: written(getattr(found, key)) for key in spec["init_args"]} == spec["init_args"]
+
+
+@pytest.mark.parametrize("file", STUDENTS)
+@pytest.mark.parametrize("base", ["cvc_clinicdb/fkd_resunet.yaml", "cvc_clinicdb/local_student.yaml"])
+def test_student_takes_the_place_of_another(file: str, base: str) -> None:
+    built = build(base, file)
+    spec = content(CONFIGS / file)["model"]["init_args"]["network"]
+    assert type(built.model.network).__name__ == spec["class_path"].rpartition(".")[2]
+    assert count_parameters(built.model.network) <= PARAMETER_BOUND
+    size = built.datamodule.preprocessing.image_size
+    assert logits(built.model.network, built.datamodule) == (2, built.datamodule.classes, size, size)
 
 
 def test_every_distillation_term_has_a_file() -> None:

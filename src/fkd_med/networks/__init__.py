@@ -1,5 +1,8 @@
-"""Segmentation networks: teachers, the student, and what lets any other backbone take their place."""
+"""Segmentation networks: teachers, students, and what lets any other backbone take their place."""
 
+from fkd_med.networks.axial import AxialUNet
+from fkd_med.networks.context import ContextUNet
+from fkd_med.networks.large_kernel import LargeKernelUNet
 from fkd_med.networks.padding import forward_padded, padded_size, size_divisor
 from fkd_med.networks.resunet import ResUNet
 from fkd_med.networks.spec import ALLOWED_PACKAGES, count_parameters, network_from_spec
@@ -9,6 +12,9 @@ from fkd_med.networks.transunet import TransUNet
 __all__ = [
     "ALLOWED_PACKAGES",
     "PARAMETER_BOUND",
+    "AxialUNet",
+    "ContextUNet",
+    "LargeKernelUNet",
     "ResUNet",
     "SlimUNet",
     "TransUNet",
