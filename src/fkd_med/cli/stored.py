@@ -71,8 +71,8 @@ def make_comparable(old: dict[str, Any], new: dict[str, Any], run_dir: RunDir, c
     if after.get("threads") is not None and "threads" in before and before["threads"] is None:
         before["threads"] = _federation_state(checkpoint).get("threads")
     before, after = (_part(tree, "trainer") for tree in (old, new))
-    if before.get("devices") in _OPEN and after.get("devices") not in _OPEN and after.get("num_nodes", 1) == 1:
-        before["devices"] = processes(checkpoint) or before["devices"]
+    if before.get("devices") in _OPEN and str(after.get("devices")) == str(processes(checkpoint)):
+        before["devices"] = after["devices"]
 
 
 def closed(checkpoint: dict[str, Any]) -> int:
