@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from fkd_med.checkpoints import read_checkpoint
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 PROGRAM = Path(__file__).with_name("ddp_program.py")
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu"]
+TOLERANCE = 1.0e-6
 SECOND_OF_ROUND_2 = 4  # optimizer step: two clients of one step a round
 
 
@@ -159,3 +159,74 @@ def test_killed_in_its_first_round_the_same_command_takes_it_up(whole: Path, kil
     assert again.returncode == 0, again.err
     assert again.out.count("round 1: update of hospital-a found in the journal") == 1
     assert kills.differences(whole, folder) == []
+
+
+NETWORK = '''
+"""A network without BatchNorm, whose statistics would be each process's own."""
+from torch import nn
+
+
+class Plain(nn.Sequential):
+    def __init__(self, in_channels: int = 3, classes: int = 1, width: int = 8) -> None:
+        hidden = nn.Conv2d(width, width, 3, padding=1)
+        super().__init__(
+            nn.Conv2d(in_channels, width, 3, padding=1), nn.ReLU(), hidden, nn.ReLU(), nn.Conv2d(width, classes, 1)
+        )
+'''
+
+
+def without_batch_norm(folder: Path, kills: Any, batch_size: int) -> Path:
+    """Prepare a job in which two processes of half the batch must do what one does.
+
+    No BatchNorm; no Dice in the loss, which is no mean over images; flips only, as the KL is a mean over those pixels
+    that a turned image still shows; no rounded messages.
+    """
+    kills.prepare(folder, baseline=False)
+    (folder / "plain_network.py").write_text(NETWORK)
+    configuration: Any = kills.configuration(False)
+    sgd = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.2, "momentum": 0.9}}
+    loss = {"class_path": "fkd_med.losses.DiceCE", "init_args": {"dice_weight": 0.0}}
+    model = configuration["model"]["init_args"]
+    model |= {"network": {"class_path": "plain_network.Plain"}, "optimizer": sgd, "loss": loss}
+    wide = {"class_path": "plain_network.Plain", "init_args": {"width": 16}}
+    model["teacher"]["init_args"]["module"]["init_args"] = {"network": wide, "optimizer": sgd, "loss": loss}
+    flip = {"class_path": "albumentations.HorizontalFlip", "init_args": {"p": 0.5}}
+    flips = {"class_path": "fkd_med.data.Augmentation", "init_args": {"geometric": [flip], "photometric": []}}
+    configuration["data"] |= {"batch_size": batch_size, "augmentation": flips}
+    configuration["data"]["layout"]["init_args"]["images"] = 26
+    configuration["federation"] = {"rounds": 3, "threads": 1, "local_epochs": 2, "optimizer_state": "keep"}
+    (folder / "run.yaml").write_text(yaml.safe_dump(configuration, sort_keys=False))
+    return folder
+
+
+def largest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
+
+
+def test_two_processes_are_one_within_float32(whole: Path, kills: Any) -> None:
+    one = without_batch_norm(whole.with_name("of-one"), kills, 8)
+    two = without_batch_norm(whole.with_name("of-two"), kills, 4)
+    for folder, options in ((one, []), (two, TWO)):
+        path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+        ended = fkd(folder, *options, PYTHONPATH=path, IMAGES=str(folder / "images"))
+        assert ended.returncode == 0, ended.err
+    students = [read_checkpoint(folder / "runs" / "run" / "student.ckpt")["state_dict"] for folder in (one, two)]
+    assert largest(*students) <= TOLERANCE
+    alone, first, second = trained_on(one, "0"), trained_on(two, "0"), trained_on(two, "1")
+    assert len(alone) == 2 * (2 + 3 * 2)  # hospitals x epochs of a teacher and of three rounds
+    assert alone.keys() == first.keys() == second.keys()
+    for epoch, images in alone.items():
+        assert len(images) == len(set(images)) == 16
+        assert not set(first[epoch]) & set(second[epoch])
+        assert sorted(first[epoch] + second[epoch]) == sorted(images)
+
+
+def trained_on(folder: Path, rank: str) -> dict[tuple[str, ...], list[str]]:
+    """Return the images that one process trained on, by round, epoch and client."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for line in (folder / "images").read_text().splitlines():
+        by, *epoch, image = line.split(",")
+        if by == rank:
+            found.setdefault(tuple(epoch), []).append(image)
+    return found
