@@ -24,7 +24,7 @@ from fkd_med.checkpoints import read_checkpoint
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 PROGRAM = Path(__file__).with_name("ddp_program.py")
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu"]
-TOLERANCE = 1.0e-6
+TOLERANCE = 5.0e-7  # 1.2e-7 was measured, of weights up to 0.63
 SECOND_OF_ROUND_2 = 4  # optimizer step: two clients of one step a round
 
 
@@ -97,7 +97,9 @@ def test_two_processes_run_the_whole_job(whole: Path) -> None:
     lines = [line for line in out.splitlines() if line.startswith(("round ", "teacher", "Run directory", "Test,"))]
     assert len(lines) == len(set(lines)) == 3 + 4 + 1 + 1  # rounds, teachers and maps, table: said once
     assert (whole / "err").read_text() == ""
-    manifest = {split: {r["id"] for r in rows(run / "manifest.csv") if r["split"] == split} for split in ("val", "test")}
+    manifest = {
+        split: {r["id"] for r in rows(run / "manifest.csv") if r["split"] == split} for split in ("val", "test")
+    }
     scored = Counter((r["model"], r["split"], r["round"], r["id"]) for r in rows(run / "images.csv"))
     expected = {("student", "val", str(round), name) for round in (1, 2, 3) for name in manifest["val"]}
     expected |= {("teacher", "test", "0", name) for name in manifest["test"]}

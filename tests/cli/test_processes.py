@@ -19,10 +19,17 @@ from fkd_med.errors import ConfigError, DataError, TrainingError
 GLOO = "[/pytorch/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:26548. This is typically"
 RESET = "[/pytorch/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:28572: Connection reset by peer. GLHF!"
 
-CHILD = "import time; from fkd_med.cli.processes import attached\nwith attached(): print('here', flush=True); time.sleep(60)"
+CHILD = """
+import time
+from fkd_med.cli.processes import attached
+with attached():
+    print("here", flush=True)
+    time.sleep(60)
+"""
 PARENT = f"""
 import os, subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", {CHILD!r}], env=os.environ | {{"LOCAL_RANK": "1"}}, stdout=subprocess.PIPE)
+second = os.environ | {{"LOCAL_RANK": "1"}}
+child = subprocess.Popen([sys.executable, "-c", {CHILD!r}], env=second, stdout=subprocess.PIPE)
 child.stdout.readline()
 print(child.pid, flush=True)
 time.sleep(60)

@@ -40,7 +40,7 @@ def test_refused_with_advice(flags, message) -> None:
 
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook", DDPStrategy(start_method="spawn")])
 def test_strategies_that_start_processes_midway_are_refused_without_a_federation_too(strategy) -> None:
-    with pytest.raises(ConfigError, match="cannot run here: it starts processes in the middle.*use ddp"):
+    with pytest.raises(ConfigError, match=r"cannot run here: it starts processes in the middle.*use ddp"):
         FederatedTrainer(accelerator="cpu", devices=2, strategy=strategy, logger=False)
     FederatedTrainer(accelerator="cpu", devices=2, strategy=DDPStrategy(), logger=False, sync_batchnorm=False)
 
