@@ -39,7 +39,7 @@ def kills(repository: Path) -> Any:
 
 
 def fkd(folder: Path, *options: str, launcher: tuple[str, ...] = (), **environment: str) -> Any:
-    """Run `fkd fit` of run.yaml in `folder`, in a session of its own."""
+    """Run `fkd fit` of run.yaml in `folder`, in a session of its own; no process may stay after it."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "PL_GLOBAL_SEED")}
     own = {"PIDS": str(folder / "pids"), "WRITTEN": str(folder.with_name(f"{folder.name}-written"))}
     command = [sys.executable, *launcher, str(PROGRAM), "fit", "--config", "run.yaml", *options]
@@ -51,9 +51,10 @@ def fkd(folder: Path, *options: str, launcher: tuple[str, ...] = (), **environme
     try:
         process.out, process.err = process.communicate(timeout=300)  # type: ignore[attr-defined]
     finally:
-        for pid in left(folder):
-            process.orphan = True  # type: ignore[attr-defined]
+        orphans = left(folder)
+        for pid in orphans:
             os.kill(pid, signal.SIGKILL)
+    assert not orphans, f"left behind: {orphans}"
     return process
 
 
@@ -144,7 +145,6 @@ def test_after_trouble_nothing_is_left_behind_and_a_resume_gives_the_same_bits(
     folder = kills.prepare(whole.with_name(trouble.replace(":", "-")), baseline=False)
     ended = fkd(folder, *TWO, TROUBLE=f"{rank}:{SECOND_OF_ROUND_2}:{action}")
     assert ended.returncode in codes, ended.err
-    assert not hasattr(ended, "orphan")
     assert said in ended.err or ended.returncode == -9
     assert ended.err.count("fkd: error") <= 2 and "GLHF" not in ended.err  # gloo's own words for a lost process
     resumed = fkd(folder, *TWO, "--ckpt_path", "last")
@@ -215,6 +215,13 @@ def test_two_processes_are_one_within_float32(whole: Path, kills: Any) -> None:
         assert ended.returncode == 0, ended.err
     students = [read_checkpoint(folder / "runs" / "run" / "student.ckpt")["state_dict"] for folder in (one, two)]
     assert largest(*students) <= TOLERANCE
+    curves = [
+        {(r["step"], r["name"]): float(r["value"]) for r in rows(folder / "runs" / "run" / "metrics.csv")}
+        for folder in (one, two)
+    ]
+    losses = [key for key in curves[0] if key[1].endswith("/train/loss")]  # of both processes' images
+    assert len(losses) == 2 * (2 + 3)
+    assert all(curves[1][key] == pytest.approx(curves[0][key], rel=1e-6) for key in losses)
     alone, first, second = trained_on(one, "0"), trained_on(two, "0"), trained_on(two, "1")
     assert len(alone) == 2 * (2 + 3 * 2)  # hospitals x epochs of a teacher and of three rounds
     assert alone.keys() == first.keys() == second.keys()
