@@ -26,11 +26,13 @@ from fkd_med.cli import main as fkd
 RUN = Path("runs/run")
 COMMAND = ["fit", "--config", "run.yaml"]
 PICTURES = "CHAOS_PICTURES"
+POINT = "CHAOS_POINT"
 _EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
 
 
-def configuration(baseline: bool) -> dict[str, Any]:
+def configuration(baseline: bool, ddp: bool = False) -> dict[str, Any]:
     """Return a federated distillation of two phantom hospitals in which clients keep all that they can keep."""
+    devices = {"devices": 2, "strategy": "ddp"} if ddp else {}
     optimizer = {"class_path": "torch.optim.Adam", "init_args": {"lr": 5.0e-3}}
     network = {"class_path": "fkd_med.networks.ResUNet", "init_args": {"width": 4}}
     module = {"network": network, "optimizer": optimizer}
@@ -67,7 +69,7 @@ def configuration(baseline: bool) -> dict[str, Any]:
             "threads": 1,
             "local_baseline": baseline,
         },
-        "trainer": {"accelerator": "cpu", "logger": False},
+        "trainer": {"accelerator": "cpu", "logger": False, **devices},
     }
 
 
@@ -85,6 +87,7 @@ class Point:
         when: ``before``, ``after``, or ``torn``: half of the text of an append is written.
         where: part of the path of the file in hand, for functions that write files; other calls do not count.
         signal: what the process sends to itself.
+        rank: which process of a run of two.
     """
 
     name: str
@@ -93,9 +96,17 @@ class Point:
     when: str = "before"
     where: str = ""
     signal: int = signal.SIGKILL
+    rank: int = 0
 
     def install(self) -> None:
-        """Replace the function."""
+        """Replace the function, or let the other process do it."""
+        if self.rank == 0:
+            self.replace()
+        else:
+            os.environ[POINT] = self.name
+
+    def replace(self) -> None:
+        """Replace the function in this process."""
         module, _, path = self.target.partition(":")
         *owners, attribute = path.split(".")
         owner: Any = importlib.import_module(module)
@@ -173,6 +184,20 @@ BASELINE_POINTS = (
     Point("alone: checkpoint not in its place", "os:replace", 5, where="last.ckpt"),
     Point("alone: between two tests", "fkd_med.cli.report:Report._keep"),
 )
+# The same run in two processes: one step and one batch of validation or test each, for what took two.
+_TRAINING = "fkd_med.modules.segmentation:SegmentationModule.training_step"
+RANK_POINTS = (
+    Point("rank 1: teacher", _TRAINING, 2, rank=1),
+    Point("rank 1: second client of round 1", _STEP, 2, rank=1),
+    Point("rank 1: second client of round 2", _STEP, 4, rank=1),
+    Point("rank 1: aggregation of round 2", "fkd_med.aggregation.fedavg:FedAvg.aggregate", 2, rank=1),
+    Point("rank 1: evaluation", "fkd_med.modules.segmentation:SegmentationModule.validation_step", 8, rank=1),
+    Point("rank 1: test", "fkd_med.modules.segmentation:SegmentationModule.test_step", rank=1),
+    Point("rank 0: second client of round 2", _STEP, 4),
+    Point("rank 0: between update and note", "fkd_med.federated.journal:atomic_write_text", 4),
+    Point("rank 0: checkpoint, best written, last not", "os:replace", 2, where="last.ckpt"),
+    Point("rank 0: SIGTERM in a client's fit", _STEP, 4, signal=signal.SIGTERM),
+)
 
 
 def at_event(number: int) -> Callable[[], None]:
@@ -237,6 +262,7 @@ def _be_the_run(folder: Path, argv: list[str], install: Callable[[], None] | Non
         os.dup2(log, 1)
         os.dup2(log, 2)
         print(f"--- fkd {' '.join(argv)}", flush=True)
+        sys.argv = [str(Path(__file__).with_name("_rank.py")), *argv]  # what Lightning starts another process with
         if PICTURES not in os.environ:  # they take a third of the time of so short a run
             importlib.import_module("fkd_med.cli.report").write_pictures = lambda *_: []
         if install is not None:
@@ -248,11 +274,28 @@ def _be_the_run(folder: Path, argv: list[str], install: Callable[[], None] | Non
         os._exit(code)
 
 
-def prepare(folder: Path, baseline: bool) -> Path:
+def prepare(folder: Path, baseline: bool, ddp: bool = False) -> Path:
     """Make the folder of a run, with its configuration."""
     folder.mkdir(parents=True)
-    (folder / "run.yaml").write_text(yaml.safe_dump(configuration(baseline), sort_keys=False))
+    (folder / "run.yaml").write_text(yaml.safe_dump(configuration(baseline, ddp), sort_keys=False))
     return folder
+
+
+def has_orphan(folder: Path, seconds: float = 20) -> bool:
+    """Return whether the second process of a run that has ended stays for longer than some seconds."""
+    note, deadline = folder / "rank-1.pid", time.monotonic() + seconds
+    while note.exists() and _is_running(int(note.read_text())):
+        if time.monotonic() > deadline:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
 
 
 def resume(folder: Path) -> tuple[str, Ended]:

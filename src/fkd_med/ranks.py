@@ -15,12 +15,31 @@ def is_first_rank() -> bool:
     return int(getattr(rank_zero_only, "rank", None) or 0) == 0
 
 
+def count_processes() -> int:
+    """Return how many processes work together; 1 before they have met."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return 1
+
+
+def mean_of_ranks(values: dict[str, float]) -> dict[str, float]:
+    """Return the mean of what each process has measured on its equal part of the images.
+
+    All ranks must call it, with the same names.
+    """
+    if count_processes() == 1:
+        return values
+    gathered: list[dict[str, float]] = [{}] * count_processes()
+    torch.distributed.all_gather_object(gathered, values)
+    return {name: sum(one[name] for one in gathered) / len(gathered) for name in values}
+
+
 def as_first_rank_says(value: T) -> T:
     """Return the value of rank 0: what lies on the disk may change between two ranks' looks at it.
 
     All ranks must call it. The values are plain containers; those of other ranks do not count.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if count_processes() > 1:
         said = [value]
         torch.distributed.broadcast_object_list(said, src=0)
         return said[0]

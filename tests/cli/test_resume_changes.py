@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fkd_med.checkpoints import read_checkpoint
+from fkd_med.checkpoints import read_checkpoint, write_checkpoint
 from fkd_med.cli import main
 from fkd_med.cli.configuration import Plan
 from fkd_med.cli.resume import accepted_changes
@@ -283,3 +283,39 @@ def test_checking_needs_a_plan_that_resumes() -> None:
     config = Namespace(fit=Namespace(resume=Namespace(allow=None)))
     plan = Plan(RunDir("nowhere"), None, None, False, set())
     assert accepted_changes(ArgumentParser(), config, plan) == []
+
+
+def of_two_processes(run: Path, devices: object) -> None:
+    """Make the run one of two processes, with `devices` in its configuration."""
+    last = run / "checkpoints" / "last.ckpt"
+    checkpoint = read_checkpoint(last)
+    assert checkpoint["fkd_med"]["processes"] == 1
+    checkpoint["fkd_med"]["processes"] = 2
+    write_checkpoint(checkpoint, last)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["trainer"]["devices"] = devices
+    (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+
+def test_another_number_of_processes_is_another_run(checked, capsys) -> None:
+    assert checked("--trainer.devices=2") == 2
+    assert "trainer.devices: auto -> '2'" in text(capsys)
+    assert checked("--trainer.devices=1") == 0  # what auto was
+    assert "changed" not in text(capsys)
+
+
+def test_devices_left_open_are_counted(tiny_run, run, checked, monkeypatch, capsys) -> None:
+    of_two_processes(run, "auto")
+    assert checked("--trainer.devices=2") == 0  # what auto was
+    assert "changed" not in text(capsys)
+    assert checked("--trainer.devices=1") == 2
+    assert "trainer.devices: auto -> '1'" in text(capsys)
+    monkeypatch.undo()
+    same = ["fit", f"--config={tiny_run.parents[1] / 'tiny.yaml'}", f"--run_dir={run}", "--ckpt_path=last", *QUICK]
+    before = (run / "config.yaml").read_bytes()
+    assert main(same) == 2
+    assert "had 2 processes and would go on with 1, which changes bits: give --trainer.devices 2" in text(capsys)
+    assert (run / "config.yaml").read_bytes() == before
+    meant = [*same, "--trainer.devices=1", "--resume.allow=trainer.devices"]
+    assert main(meant) == 0, text(capsys)
+    assert main(meant) == 0, text(capsys)

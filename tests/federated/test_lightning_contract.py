@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import signal
 
 import lightning as L
 import pytest
@@ -10,6 +11,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer import call
+
+from fkd_med.federated.inner import inner_trainer
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +69,18 @@ def test_what_release_cuts(trainer: L.Trainer) -> None:
         assert hasattr(loop._data_source, "instance")
     assert hasattr(trainer.predict_loop._data_source, "instance")
     assert hasattr(L.LightningModule(), "_trainer")
+
+
+def test_who_answers_sigterm(trainer: L.Trainer) -> None:
+    """`leave_sigterm` replaces this method, since Lightning's answer in several processes is a broadcast."""
+    connector = trainer._signal_connector
+    assert callable(connector.register_signal_handlers)
+    assert "register_signal_handlers" in inspect.getsource(L.Trainer._run)
+    assert "broadcast" in inspect.getsource(type(connector)._sigterm_notifier_fn)
+    several = inner_trainer({"accelerator": "cpu", "devices": 2, "strategy": "ddp"})
+    before = signal.getsignal(signal.SIGTERM)
+    several._signal_connector.register_signal_handlers()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_checkpoint_callbacks_run_last() -> None:

@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 
 from fkd_med.errors import ConfigError, TrainingError
 from fkd_med.evaluation import ImageTable
@@ -24,6 +25,9 @@ from fkd_med.federated import FederatedTrainer, Federation
         ({"reload_dataloaders_every_n_epochs": 1}, "reload_dataloaders_every_n_epochs"),
         ({"strategy": "ddp_spawn"}, "ddp_spawn.*use ddp, or one device"),
         ({"strategy": "fsdp"}, "fsdp.*use ddp"),
+        ({"strategy": DDPStrategy(start_method="fork")}, r"DDPStrategy \(start_method fork\) .*use ddp"),
+        ({"strategy": FSDPStrategy()}, "FSDPStrategy cannot run inside a federation.*use ddp"),
+        ({"strategy": "ddp", "devices": 2, "sync_batchnorm": True}, "sync_batchnorm needs GPUs: remove it"),
         ({"callbacks": [StochasticWeightAveraging(swa_lrs=0.1)]}, r"StochasticWeight.*federation\.client_callbacks"),
         ({"callbacks": LearningRateMonitor()}, "LearningRateMonitor.*remove it.*<client>/lr"),
     ],
@@ -32,6 +36,13 @@ def test_refused_with_advice(flags, message) -> None:
     with pytest.raises(ConfigError, match=message):
         FederatedTrainer(federation=Federation(), accelerator="cpu", logger=False, **flags)
     FederatedTrainer(accelerator="cpu", logger=False, **{k: v for k, v in flags.items() if k == "max_epochs"})
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook", DDPStrategy(start_method="spawn")])
+def test_strategies_that_start_processes_midway_are_refused_without_a_federation_too(strategy) -> None:
+    with pytest.raises(ConfigError, match=r"cannot run here: it starts processes in the middle.*use ddp"):
+        FederatedTrainer(accelerator="cpu", devices=2, strategy=strategy, logger=False)
+    FederatedTrainer(accelerator="cpu", devices=2, strategy=DDPStrategy(), logger=False, sync_batchnorm=False)
 
 
 @pytest.mark.parametrize(

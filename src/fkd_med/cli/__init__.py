@@ -50,9 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     from fkd_med.cli.configuration_files import check_configurations
     from fkd_med.cli.messages import explained
+    from fkd_med.cli.processes import attached
     from fkd_med.cli.signals import terminable
 
-    with terminable(), explained(arguments, debug) as outcome:
+    with terminable(), attached(), explained(arguments, debug) as outcome:
         run = _command(arguments[0])
         if arguments[0] != "predict":  # which looks at its other arguments first
             check_configurations(arguments[1:])

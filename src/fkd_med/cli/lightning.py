@@ -15,9 +15,10 @@ from fkd_med.checkpoints import LastCheckpoint
 from fkd_med.cli.changes import Change
 from fkd_med.cli.configuration import refuse_inside_data, settle
 from fkd_med.cli.console import wide_console
+from fkd_med.cli.processes import check_started
 from fkd_med.cli.repeated import forget_rounds
 from fkd_med.cli.report import Report
-from fkd_med.cli.resume import accepted_changes, record_changes, repeatable
+from fkd_med.cli.resume import accepted_changes, check_processes, record_changes, repeatable
 from fkd_med.cli.stored import quiet_tuples, settled_text
 from fkd_med.cli.wandb_parts import record_part, recorded_parts
 from fkd_med.data import FederatedDataModule
@@ -161,6 +162,7 @@ class FkdCLI(LightningCLI):
             config["callbacks"].append(ImageRecorder(self.run_dir.images))
         trainer = super().instantiate_trainer(**kwargs)
         assert isinstance(trainer, FederatedTrainer)
+        check_started(trainer.world_size)
         return trainer
 
     def _loggers(self, configured: Any) -> Any:
@@ -181,6 +183,8 @@ class FkdCLI(LightningCLI):
         trainer = self.trainer
         self._name(model, datamodule)
         fast = bool(trainer.fast_dev_run)
+        if self.plan.resumes and not fast and is_first_rank():
+            check_processes(self.plan, self.changes, trainer.world_size)
         self._set_up_data(datamodule, "fit")
         if isinstance(datamodule, FederatedDataModule):
             refuse_inside_data(self.run_dir.path, datamodule)
@@ -241,6 +245,9 @@ class FkdCLI(LightningCLI):
         datamodule.trainer = self.trainer
         if is_first_rank():
             datamodule.prepare_data()
+        else:  # wait until the first process joins, which it does when all that it prepares is there
+            with quiet():
+                self.trainer.strategy.setup_environment()
         datamodule.setup(stage)
 
     def _name(self, model: L.LightningModule, datamodule: Any) -> None:

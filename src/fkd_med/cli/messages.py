@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from jsonargparse import ArgumentError
 
+from fkd_med.cli.processes import LostProcessError, lost_process, rank
 from fkd_med.cli.signals import TERMINATED, interruption
 from fkd_med.errors import ConfigError, FkdError
 
@@ -64,7 +65,8 @@ def explained(arguments: list[str], debug: bool) -> Iterator[Outcome]:
         cause = user_error(error)
         if cause is not None:
             outcome.code = cause.exit_code
-            _print(str(cause), debug)
+            if not (isinstance(cause, LostProcessError) and rank() > 0):  # said once, by the first process
+                _print(str(cause), debug)
             return
         _print(
             f"unexpected {type(error).__name__}: {error}\n"
@@ -76,7 +78,8 @@ def explained(arguments: list[str], debug: bool) -> Iterator[Outcome]:
 def _print(message: str, debug: bool) -> None:
     if debug:
         traceback.print_exc()
-    print(f"fkd: error: {message}", file=sys.stderr)
+    who = f" (process {rank()})" if rank() > 0 else ""
+    print(f"fkd: error{who}: {message}", file=sys.stderr)
 
 
 def user_error(error: BaseException) -> FkdError | None:
@@ -93,6 +96,8 @@ def user_error(error: BaseException) -> FkdError | None:
             )
         if type(seen).__name__ == "MisconfigurationException":
             return ConfigError(str(seen))
+        if (lost := lost_process(seen)) is not None:
+            return lost
         seen = seen.__cause__ or seen.__context__
     return None
 

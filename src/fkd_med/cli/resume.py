@@ -21,12 +21,13 @@ from fkd_med.checkpoints import read_checkpoint
 from fkd_med.cli.changes import Change, differences, keys_of, plain_key
 from fkd_med.cli.configuration import Plan
 from fkd_med.cli.resume_rules import verdict
-from fkd_med.cli.stored import closed, make_comparable, settled_text, stored_configuration
+from fkd_med.cli.stored import closed, make_comparable, processes, settled_text, stored_configuration
 from fkd_med.errors import ConfigError
 from fkd_med.files import append_text, atomic_write_text
 from fkd_med.rundir import RunDir
 
 _OPTION = "--resume.allow"
+_PROCESSES = {"trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"}
 _CHANGES = "config-changes.csv"
 _HEADER = "after,date,key,old,new\n"
 
@@ -73,6 +74,28 @@ def accepted_changes(parser: ArgumentParser, config: Namespace, plan: Plan) -> l
         print("The run goes on with a changed configuration:")
         print("\n".join(f"  {change}" for change in changes))
     return changes
+
+
+def check_processes(plan: Plan, changes: Sequence[Change], count: int) -> None:
+    """See that a resume has as many processes as the run had, whatever `trainer.devices` leaves open.
+
+    Args:
+        plan: which run is resumed from which checkpoint.
+        changes: what was accepted.
+        count: how many processes it would have now.
+
+    Raises:
+        ConfigError: it would have another number, which changes bits, and no change of devices was accepted.
+    """
+    before = processes(read_checkpoint(plan.checkpoint or ""))
+    accepted = {change.key for change in changes} | _earlier(plan.run_dir)
+    if before in (None, count) or accepted & _PROCESSES:
+        return
+    raise ConfigError(
+        f"The run {plan.run_dir.path} had {before} process{'es' * (before != 1)} and would go on with {count}, which "
+        f"changes bits: give --trainer.devices {before} and the strategy it had, or, if you mean it, --trainer.devices "
+        f"{count} {_OPTION} trainer.devices."
+    )
 
 
 def record_changes(run_dir: RunDir, changes: Sequence[Change], checkpoint: str | None) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from fkd_med.cli.processes import rank
+
 INTERRUPTED, TERMINATED = 130, 143
 
 
@@ -21,8 +23,11 @@ class TerminatedError(KeyboardInterrupt):
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Raise `TerminatedError` in the block at the first SIGTERM; later ones, during the cleaning up, are ignored."""
-    if threading.current_thread() is not threading.main_thread():
+    """Raise `TerminatedError` in the block at the first SIGTERM; later ones, during the cleaning up, are ignored.
+
+    Of several processes only the first has something to clean up: the others end at once, even while they wait.
+    """
+    if rank() > 0 or threading.current_thread() is not threading.main_thread():
         yield
         return
     told = False

@@ -18,6 +18,8 @@ from fkd_med.cli.resume_rules import acting
 from fkd_med.errors import RunError
 from fkd_med.rundir import RunDir
 
+_OPEN = "auto", -1, "-1", None  # trainer.devices: as many as the machine has
+
 # A default of Lightning's Timer is declared as a word and is an enumeration, which no YAML file can hold.
 yaml.SafeDumper.add_representer(Interval, lambda dumper, interval: dumper.represent_str(interval.value))
 
@@ -64,19 +66,29 @@ def stored_configuration(parser: ArgumentParser, path: Path) -> dict[str, Any]:
 def make_comparable(old: dict[str, Any], new: dict[str, Any], run_dir: RunDir, checkpoint: dict[str, Any]) -> None:
     """Leave out of both what is no choice: what follows from the run directory, and callbacks that only watch.
 
-    Where the run left the number of threads open and it is given now, the number that `checkpoint` used counts.
+    Where the run left the number of threads or devices open and it is given now, the number that `checkpoint` used
+    counts.
     """
     for settled in (old, new):
         _normalise(settled, run_dir)
     before, after = (_part(tree, "federation", "init_args") for tree in (old, new))
     if after.get("threads") is not None and "threads" in before and before["threads"] is None:
         before["threads"] = _federation_state(checkpoint).get("threads")
+    before, after = (_part(tree, "trainer") for tree in (old, new))
+    if before.get("devices") in _OPEN and str(after.get("devices")) == str(processes(checkpoint)):
+        before["devices"] = after["devices"]
 
 
 def closed(checkpoint: dict[str, Any]) -> int:
     """Return how many rounds, or epochs outside a federation, a checkpoint has behind it."""
     done = _part(checkpoint, "loops", "fit_loop", "epoch_progress", "current").get("processed", 0)
     return int(_federation_state(checkpoint).get("round", done))
+
+
+def processes(checkpoint: dict[str, Any]) -> int | None:
+    """Return how many processes wrote a checkpoint together; None of one that does not say."""
+    count = _part(checkpoint, "fkd_med").get("processes")
+    return count if isinstance(count, int) else None
 
 
 def _normalise(settled: dict[str, Any], run_dir: RunDir) -> None:

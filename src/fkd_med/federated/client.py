@@ -24,7 +24,7 @@ from fkd_med.federated.quiet import quiet
 from fkd_med.modules import DistillationModule
 from fkd_med.modules.personal import merge
 from fkd_med.modules.schedule import RunClock
-from fkd_med.ranks import is_first_rank
+from fkd_med.ranks import is_first_rank, mean_of_ranks
 from fkd_med.seeding import seeded
 
 
@@ -147,7 +147,8 @@ class ClientWorker:
         stay = self.federation.policy.staying(worker)
         self._keep(client, broadcast.round, {name: state[name] for name in state if name in stay}, keeper.after)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if not name.endswith("_step")}
-        metrics = {name.removesuffix("_epoch"): value for name, value in metrics.items()} | {"lr": rate.rate}
+        metrics = mean_of_ranks({name.removesuffix("_epoch"): value for name, value in metrics.items()})
+        metrics["lr"] = rate.rate
         steps = trainer.global_step
         release(trainer)
         return Update(

@@ -60,7 +60,18 @@ def inner_trainer(flags: Mapping[str, Any], **options: Any) -> L.Trainer:
         "num_sanity_val_steps": 0,
     }
     with quiet():
-        return L.Trainer(**{**silent, **copy.deepcopy(dict(flags)), **options})
+        trainer = L.Trainer(**{**silent, **copy.deepcopy(dict(flags)), **options})
+    leave_sigterm(trainer)
+    return trainer
+
+
+def leave_sigterm(trainer: L.Trainer) -> None:
+    """Keep Lightning from answering SIGTERM in one of several processes.
+
+    It would wait in a broadcast until all the others were asked to end too, for ever if only one was.
+    """
+    if trainer.world_size > 1:
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
 
 def release(trainer: L.Trainer) -> None:

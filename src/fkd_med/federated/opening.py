@@ -20,6 +20,7 @@ from fkd_med.federated.teacher_key import describe, describe_augmentation
 from fkd_med.files import file_digest
 from fkd_med.modules import DistillationModule, SegmentationModule
 from fkd_med.modules.settings import is_plain
+from fkd_med.ranks import count_processes
 
 if TYPE_CHECKING:
     from fkd_med.federated.client import ClientWorker
@@ -84,6 +85,7 @@ def _settings(worker: ClientWorker) -> str:
         "seed": worker.seed,
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
+        "processes": count_processes(),
         "module": describe(module) if isinstance(module, SegmentationModule) else str(module),
         "configuration": dict(getattr(module, "hparams", {})),
         "attributes": _described(own),

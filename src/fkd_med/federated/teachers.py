@@ -28,7 +28,7 @@ from fkd_med.federated.teacher_key import teacher_key
 from fkd_med.files import atomic_write_bytes, atomic_write_text
 from fkd_med.locks import queued
 from fkd_med.modules import SegmentationModule, TeacherSource
-from fkd_med.ranks import as_first_rank_says, is_first_rank
+from fkd_med.ranks import as_first_rank_says, is_first_rank, mean_of_ranks
 from fkd_med.seeding import global_seed, seeded
 
 POOLED = "all-clients"
@@ -241,7 +241,7 @@ class TeacherCurve(L.Callback):
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k in ("val/dice", "val/loss")}
         if "train/loss_epoch" in trainer.callback_metrics:
             metrics["train/loss"] = float(trainer.callback_metrics["train/loss_epoch"])
-        epoch = trainer.current_epoch + 1
+        epoch, metrics = trainer.current_epoch + 1, mean_of_ranks(metrics)
         self.rows.append({"epoch": epoch, **metrics})
         if self.send is not None and trainer.is_global_zero:
             self.send({f"teacher/{self.name}/{k}": v for k, v in metrics.items()}, epoch)

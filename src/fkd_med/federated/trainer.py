@@ -16,11 +16,12 @@ from fkd_med.communication import Ledger
 from fkd_med.distillation import TeacherMaps, sample_image
 from fkd_med.errors import ConfigError
 from fkd_med.federated.federation import Federation
-from fkd_med.federated.inner import as_list, inner_flags
+from fkd_med.federated.inner import as_list, inner_flags, leave_sigterm
 from fkd_med.federated.loop import FederatedLoop
 from fkd_med.federated.progress import Reporter
 from fkd_med.federated.quiet import quiet
 from fkd_med.federated.sharing import TeacherExchange, check_consent
+from fkd_med.federated.strategies import check_batch_norm, check_strategy
 from fkd_med.modules import DistillationModule, TeacherSource
 from fkd_med.modules.teacher_cache import Surroundings, ensure_maps
 from fkd_med.rundir import RunDir
@@ -35,7 +36,6 @@ _CLIENT_ONLY = (
     L.pytorch.callbacks.BatchSizeFinder,
     L.pytorch.callbacks.BackboneFinetuning,
 )
-_STRATEGIES = "auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false"
 
 
 class FederatedTrainer(L.Trainer):
@@ -57,10 +57,13 @@ class FederatedTrainer(L.Trainer):
         self.federation = federation
         self.flags = dict(kwargs)
         self.inner_flags = inner_flags(kwargs)  # before super().__init__: used Strategy objects are refused later
+        check_strategy(kwargs.get("strategy"), federation is not None)
         if federation is not None:
             kwargs = self._server_flags(federation, kwargs)
         kwargs["plugins"] = [*as_list(kwargs.get("plugins")), SafeCheckpointIO()]
         super().__init__(*args, **kwargs)
+        check_batch_norm(self, kwargs.get("sync_batchnorm"))
+        leave_sigterm(self)
         # A trial run must not touch the run that may lie in its folder.
         self.run_dir = RunDir(f"{self.default_root_dir}.fast-dev-run" if self.fast_dev_run else self.default_root_dir)
         self.goes_on = False  # without a checkpoint, with the journal of a first round that was interrupted
@@ -77,9 +80,6 @@ class FederatedTrainer(L.Trainer):
             if kwargs.get(name) not in (None, -1, 0, 0.0):
                 advice = "federation.rounds is the number of rounds" if name.startswith("max") else "it has no meaning"
                 raise ConfigError(f"trainer.{name} cannot be set together with a federation: {advice}. Remove it.")
-        strategy = kwargs.get("strategy")
-        if isinstance(strategy, str) and strategy not in _STRATEGIES:
-            raise ConfigError(f"trainer.strategy {strategy} cannot run inside a federation: use ddp, or one device.")
         for callback in as_list(kwargs.get("callbacks")):
             if isinstance(callback, _CLIENT_ONLY):
                 logged = isinstance(callback, LearningRateMonitor)

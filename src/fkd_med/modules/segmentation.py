@@ -18,6 +18,7 @@ from fkd_med.modules.loading import VERSION, described
 from fkd_med.modules.schedule import RunClock, WarmupCosine, advance
 from fkd_med.modules.settings import SharedCallable, as_written, is_plain
 from fkd_med.networks import PARAMETER_BOUND, count_parameters, forward_padded
+from fkd_med.ranks import count_processes
 
 
 class SegmentationModule(EvaluatedModule):
@@ -136,8 +137,8 @@ class SegmentationModule(EvaluatedModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the network's description, the preprocessing and the clients' personal tensors."""
-        checkpoint["fkd_med"] = self.export()
+        """Add the network's description, the preprocessing, the number of processes and clients' personal tensors."""
+        checkpoint["fkd_med"] = self.export() | {"processes": count_processes()}
         if self.personal.by_client:
             checkpoint["fkd_med"]["personal"] = self.personal.state_dict()
 
