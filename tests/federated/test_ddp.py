@@ -114,7 +114,9 @@ def test_two_processes_hold_one_model(tmp_path) -> None:
         [sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=environment, check=False
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
-    runs = "plain keep resumed alone scaffold prox feddf fedmd unseen taught again ensemble trial cached views fade mutual"
+    runs = (
+        "plain keep resumed alone scaffold prox feddf fedmd unseen taught again ensemble trial cached views fade mutual"
+    )
     for name in [*runs.split(), "companions"]:
         one, other = (load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1))
         assert one.keys() == other.keys()
