@@ -6,10 +6,13 @@ part that does not. Asked once per image by the teacher cache, it costs the roun
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from fkd_med.errors import ConfigError
+from fkd_med.losses.tensors import class_logits, precise
 from fkd_med.networks import forward_padded
 
 # Quarter turns, and whether the image is mirrored before. The first 4 are the flips: mirrored and upside down is the
@@ -19,12 +22,13 @@ NUMBERS = (1, 4, 8)
 
 
 class MeanOfViews(nn.Module):
-    """Answers the mean of a network's logits over views of the image, each brought back to how the image lies.
+    """Answers the mean of a network's probabilities over views of the image, each brought back to how the image lies.
 
-    ``z(x) = 1/V sum_v g_v^-1 f(g_v x)``, g_v the first V symmetries of the square; it turns and flips with the image:
-    ``z(g x) = g z(x)``. Logits are averaged, not probabilities: their mean goes with any temperature and with terms
-    that compare logits as they are, and an ensemble of teachers answers it too (`MeanLogits`). Computed in float32 or
-    better.
+    ``p(x) = 1/V sum_v g_v^-1 softmax f(g_v x)``, g_v the first V symmetries of the square; the answer turns and flips
+    with the image: ``p(g x) = g p(x)``. Of all answers it is the nearest to what the views say, by the mean of
+    KL(p_v || p), the divergence that distillation uses; and it is unsure where they disagree. It is given as logits:
+    ``log p``, plus the views' mean log-partition, so that views that agree give the network's own logits. One logit is
+    the two classes (0, z). Computed in float32 or better.
 
     Args:
         network: images (N, C, H, W) to logits (N, K, H, W).
@@ -36,19 +40,28 @@ class MeanOfViews(nn.Module):
         self.network, self.views = network, views
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the mean logits (N, K, H, W) for images (N, C, H, W); each view is padded as the network needs.
+        """Return the logits (N, K, H, W) of the mean for images (N, C, H, W); each view is padded as the network needs.
 
         Raises:
             ConfigError: 8 views of images that are not square.
         """
         check_square(self.views, x)
-        total: Tensor | None = None
-        for turns, mirrored in _VIEWS[: self.views]:
-            logits = unseen(forward_padded(self.network, seen(x, turns, mirrored)), turns, mirrored)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            total = logits if total is None else total + logits
-        assert total is not None
-        return total / self.views
+        logits = self._seen_as(x, 0)
+        classes = logits.shape[1]
+        with torch.autocast(x.device.type, enabled=False):
+            partition = class_logits(logits).logsumexp(dim=1, keepdim=True)
+            log_p = class_logits(logits) - partition
+        for view in range(1, self.views):
+            logits = class_logits(self._seen_as(x, view))
+            with torch.autocast(x.device.type, enabled=False):
+                one = logits.logsumexp(dim=1, keepdim=True)
+                log_p, partition = torch.logaddexp(log_p, logits - one), partition + one
+        log_p = log_p - math.log(self.views)
+        return log_p[:, 1:] - log_p[:, :1] if classes == 1 else log_p + partition / self.views
+
+    def _seen_as(self, x: Tensor, view: int) -> Tensor:
+        """Return the logits of one view, as the image lies."""
+        return precise(unseen(forward_padded(self.network, seen(x, *_VIEWS[view])), *_VIEWS[view]))
 
 
 def of_views(network: nn.Module, views: int) -> nn.Module:
