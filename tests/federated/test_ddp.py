@@ -80,6 +80,8 @@ losses = {{"kd": LogitKL(), "hint": HintMSE(student_tap="1", teacher_tap="2")}}
 phantoms = FederatedDataModule(f"{{root}}/phantoms", image_size=16, batch_size=4, seed=3)
 cached = distilled(None, source=teacher_stage(f"{{root}}/cached", epochs=1), losses=losses, teacher_cache="taps")
 run("cached", cached, data=phantoms)
+views = distilled(None, source=teacher_stage(f"{{root}}/cached", epochs=1), teacher_cache="logits", teacher_views=8)
+run("views", views, data=phantoms)
 fading = {{"kd": LogitKL(), "hint": HintMSE(student_tap="1", teacher_tap="2", schedule=Ramp())}}
 fade = distilled(None, source=teacher_stage(f"{{root}}/cached", epochs=1), losses=fading, teacher_cache="taps")
 run("fade", fade, data=FederatedDataModule(f"{{root}}/phantoms", image_size=16, batch_size=2, seed=3))
@@ -112,7 +114,9 @@ def test_two_processes_hold_one_model(tmp_path) -> None:
         [sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=environment, check=False
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
-    runs = "plain keep resumed alone scaffold prox feddf fedmd unseen taught again ensemble trial cached fade mutual"
+    runs = (
+        "plain keep resumed alone scaffold prox feddf fedmd unseen taught again ensemble trial cached views fade mutual"
+    )
     for name in [*runs.split(), "companions"]:
         one, other = (load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1))
         assert one.keys() == other.keys()

@@ -54,9 +54,21 @@ def mean(losses: list[float]) -> float:
     return float(np.mean(losses)) if losses else 0.0
 
 
-def np_kl(s: Array, t: Array, valid: Valid, temperature: float, reduction: str = "pixel") -> float:
+def np_trust(t: Array, mask: Mask, trust: str) -> Array:
+    """How far a teacher is believed at each pixel."""
+    p, believed = probabilities(t), np.ones(mask.shape)
+    for n, y, x in np.ndindex(mask.shape):
+        if trust != "all":
+            found = p[n, mask[n, y, x], y, x]
+            believed[n, y, x] = found if trust == "true_class" else found == p[n, :, y, x].max()
+    return believed
+
+
+def np_kl(
+    s: Array, t: Array, valid: Valid, temperature: float, reduction: str = "pixel", believed: Array | float = 1.0
+) -> float:
     q, p = probabilities(s, temperature), probabilities(t, temperature)
-    kl = list((temperature**2 * (p * np.log(p / q)).sum(1))[valid])
+    kl = list((believed * temperature**2 * (p * np.log(p / q)).sum(1))[valid])
     return {"pixel": mean(kl), "mean": mean(kl) / s.shape[1], "batchmean": float(np.sum(kl)) / len(s)}[reduction]
 
 
@@ -132,9 +144,11 @@ def np_dist(s: Array, t: Array, valid: Valid, temperature: float) -> float:
     return float(temperature**2 * np.mean([1 - r for r in pearson]))
 
 
-def np_boundary(s: Array, t: Array, mask: Mask, valid: Valid, band: int, temperature: float) -> float:
+def np_boundary(
+    s: Array, t: Array, mask: Mask, valid: Valid, band: int, temperature: float, trust: str = "all"
+) -> float:
     q, p = probabilities(s, temperature), probabilities(t, temperature)
-    kl = temperature**2 * (p * np.log(p / q)).sum(1)
+    kl = np_trust(t, mask, trust) * temperature**2 * (p * np.log(p / q)).sum(1)
     losses = []
     for n, y, x in np.argwhere(valid):
         window = np.s_[n, max(0, y - band) : y + band + 1, max(0, x - band) : x + band + 1]
@@ -156,6 +170,8 @@ TERMS: list[tuple[DistillationTerm, Reference]] = [
     (LogitKL(), lambda s, t, m, v: np_kl(s, t, v, 2.0)),
     (LogitKL(temperature=1.0, reduction="mean"), lambda s, t, m, v: np_kl(s, t, v, 1.0, "mean")),
     (LogitKL(temperature=3.0, reduction="batchmean"), lambda s, t, m, v: np_kl(s, t, v, 3.0, "batchmean")),
+    (LogitKL(trust="correct"), lambda s, t, m, v: np_kl(s, t, v, 2.0, believed=np_trust(t, m, "correct"))),
+    (LogitKL(trust="true_class"), lambda s, t, m, v: np_kl(s, t, v, 2.0, believed=np_trust(t, m, "true_class"))),
     (CWD(temperature=4.0), lambda s, t, m, v: np_cwd(s, t, v, 4.0)),
     (CWD(temperature=1.0), lambda s, t, m, v: np_cwd(s, t, v, 1.0)),
     (PairwiseAffinity(), lambda s, t, m, v: np_pairwise(probabilities(s), probabilities(t), v, 0.5)),
@@ -168,6 +184,8 @@ TERMS: list[tuple[DistillationTerm, Reference]] = [
     (DISTIntra(temperature=3.0), lambda s, t, m, v: np_dist(s, t, v, 3.0)),
     (BoundaryKL(band=1), lambda s, t, m, v: np_boundary(s, t, m, v, 1, 2.0)),
     (BoundaryKL(band=2, temperature=1.0), lambda s, t, m, v: np_boundary(s, t, m, v, 2, 1.0)),
+    (BoundaryKL(band=1, trust="correct"), lambda s, t, m, v: np_boundary(s, t, m, v, 1, 2.0, "correct")),
+    (BoundaryKL(band=2, trust="true_class"), lambda s, t, m, v: np_boundary(s, t, m, v, 2, 2.0, "true_class")),
     (HintMSE(connector=None), lambda s, t, m, v: np_hint(s, t, v)),
 ]
 

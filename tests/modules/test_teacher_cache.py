@@ -117,6 +117,8 @@ def test_the_key_knows_all_that_decides_the_answers(root: Path, tmp_path: Path) 
         cache_key(Source(teacher(), tmp_path), client, data, [], "bf16-mixed")[0],
         cache_key(Source(teacher(), tmp_path), client, hospitals(root, mean=[0.1] * 3), [], "32-true")[0],
         cache_key(Source(teacher(), tmp_path), client, hospitals(root, image_size=48), [], "32-true")[0],
+        cache_key(Source(teacher(), tmp_path), client, data, [], "32-true", 4)[0],
+        cache_key(Source(teacher(), tmp_path), client, data, [], "32-true", 8)[0],
     ]
     assert len(set(keys)) == len(keys)
     same = cache_key(Source(teacher(), tmp_path / "elsewhere"), client, hospitals(root, batch_size=2), [], "32-true")
@@ -157,6 +159,59 @@ def test_what_cannot_be_cached_says_so(root: Path, tmp_path: Path) -> None:
         DistillationModule(SlimUNet(), losses=tapping)
     DistillationModule(SlimUNet(), losses=tapping, teacher_cache="taps")
     DistillationModule(SlimUNet(), losses={"at": AttentionTransfer(teacher_tap="bridge", weight=0)})
+
+
+# --- views -----------------------------------------------------------------------------------------------------------
+
+
+def test_maps_of_views_are_the_mean_answers_to_flipped_images(root: Path, tmp_path: Path) -> None:
+    data, source = hospitals(root), Source(teacher(), tmp_path)
+    maps = ensure_maps(source, "hospital-a", data, [], Surroundings(), views=4)
+    assert maps is not None
+    batch = next(iter(data.client_train_eval_dataloader("hospital-a")))
+    flips = ([], [-1], [-2], [-2, -1])
+    live = torch.stack([source.network(batch["image"].flip(f)).flip(f).sigmoid() for f in flips]).mean(0).logit()
+    for index, name in enumerate(batch["id"]):
+        torch.testing.assert_close(
+            torch.from_numpy(maps.read(name)["logits"]).float(), live[index], rtol=2e-3, atol=1e-3
+        )
+    plain = ensure_maps(source, "hospital-a", data, [], Surroundings())
+    assert plain is not None and plain.folder != maps.folder and source.loads == 2
+
+
+@pytest.mark.parametrize("views", [4, 8])
+def test_cached_and_live_teachers_answer_in_the_same_views(root: Path, tmp_path: Path, views: Any) -> None:
+    data, source = hospitals(root, augmentation=False), Source(teacher(), tmp_path)
+    found = {}
+    for number in (views, 1):
+        module = DistillationModule(SlimUNet().eval(), teacher=source, teacher_views=number)
+        module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+        data.teacher_maps = ensure_maps(source, "hospital-a", data, [], Surroundings(), module.teacher_views)
+        batch = next(iter(data.client_train_dataloader("hospital-a")))
+        found["cached", number] = module.teach(batch)["logits"].float()
+        del batch["teacher"]
+        module.attach_teacher(source.network)
+        found["live", number] = module.teach(batch)["logits"]
+    torch.testing.assert_close(found["cached", views], found["live", views], rtol=2e-3, atol=1e-3)
+    assert not torch.allclose(found["live", views], found["live", 1], rtol=0.05, atol=0.05)
+
+
+def test_views_that_make_no_sense_are_refused_when_the_module_is_built() -> None:
+    with pytest.raises(ConfigError, match=r"teacher_views is 2: give 1 .* 4 .* or 8"):
+        DistillationModule(SlimUNet(), teacher_views=2)  # type: ignore[arg-type]
+    tapping = {"at": AttentionTransfer(teacher_tap="bridge")}
+    for cache in ("taps", "off"):
+        with pytest.raises(ConfigError, match=r"model.losses.at taps features .*teacher_views: 4 averages"):
+            DistillationModule(SlimUNet(), losses=tapping, teacher_cache=cache, teacher_views=4)  # type: ignore[arg-type]
+    off = {"at": AttentionTransfer(teacher_tap="bridge", weight=0), "kd": LogitKL()}
+    DistillationModule(SlimUNet(), losses=off, teacher_cache="taps", teacher_views=8)
+
+
+def test_images_that_are_not_square_are_refused_before_any_teacher_trains() -> None:
+    module = DistillationModule(SlimUNet(), teacher_views=8)
+    with pytest.raises(ConfigError, match=r"these are 32 x 48: use 4"):
+        module.rehearse(torch.zeros(1, 3, 32, 48), teacher(0))
+    DistillationModule(SlimUNet(), teacher_views=4).rehearse(torch.zeros(1, 3, 32, 48), teacher(0))
 
 
 # --- cached against live ---------------------------------------------------------------------------------------------

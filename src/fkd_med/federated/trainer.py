@@ -186,7 +186,7 @@ class FederatedTrainer(L.Trainer):
         data, around = self.datamodule, Surroundings.of(self)
         self.reporter.begin("teacher maps", sum(data.num_examples(client) for client in clients))
         for client in clients:
-            maps = ensure_maps(source, client, data, module.teacher_taps, around)
+            maps = ensure_maps(source, client, data, module.teacher_taps, around, module.teacher_views)
             if maps is not None:
                 self._maps[client] = maps
         self.reporter.end()

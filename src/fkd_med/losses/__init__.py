@@ -14,6 +14,7 @@ from fkd_med.losses.pixels import Pixels
 from fkd_med.losses.region_affinity import RegionAffinity, region_affinity
 from fkd_med.losses.schedule import Ramp, WeightSchedule
 from fkd_med.losses.segmentation import DiceCE, supervised_loss
+from fkd_med.losses.trust import Trust, trust_map
 
 __all__ = [
     "CWD",
@@ -32,6 +33,7 @@ __all__ = [
     "Ramp",
     "RegionAffinity",
     "Resize",
+    "Trust",
     "WeightSchedule",
     "attention_transfer",
     "boundary_kl",
@@ -44,4 +46,5 @@ __all__ = [
     "pointwise",
     "region_affinity",
     "supervised_loss",
+    "trust_map",
 ]

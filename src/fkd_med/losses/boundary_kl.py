@@ -13,6 +13,7 @@ from fkd_med.losses.distillation import DistillationTerm
 from fkd_med.losses.logit_kl import kl_map
 from fkd_med.losses.pixels import Pixels
 from fkd_med.losses.tensors import check_mask, check_temperature, mean_where
+from fkd_med.losses.trust import Trust, believed, check_trust
 
 
 def boundary_kl(
@@ -23,6 +24,7 @@ def boundary_kl(
     temperature: float = 1.0,
     *,
     valid: Tensor | None = None,
+    trust: Trust = "all",
 ) -> Tensor:
     """Return the mean of the logit KL (times temperature^2) over the pixels close to a contour of the mask.
 
@@ -37,14 +39,15 @@ def boundary_kl(
             the band is as wide on either side of a contour; the image's border is no contour.
         temperature: softens both distributions; above 0.
         valid: which pixels count, bool (N, H, W): the others might as well not exist; all of them when left out.
+        trust: which pixels the teacher is believed at, see `trust_map`; their sum is still divided by the whole band.
 
     Raises:
-        ConfigError: for a band below 1, a temperature not above 0, or shapes that do not match.
+        ConfigError: for a band below 1, a temperature not above 0, an unknown trust, or shapes that do not match.
     """
     _check_band(band)
     kl = kl_map(student, teacher, temperature, valid=valid)
     check_mask(mask, student)
-    return mean_where(kl, boundary_band(mask, band, valid))
+    return mean_where(believed(kl, teacher, mask, trust, valid), boundary_band(mask, band, valid))
 
 
 def boundary_band(mask: Tensor, band: int, valid: Tensor | None = None) -> Tensor:
@@ -64,23 +67,30 @@ class BoundaryKL(DistillationTerm):
         band: width of the band on either side of a contour, in pixels at working resolution; 3 to 5 is usual.
         temperature: softens both distributions, above 0; the loss is multiplied by its square.
         weight: factor beside the supervised loss; 0 turns the term off.
+        trust: "all" pixels of the band; "correct", those whose class the teacher gets right; "true_class", each as far
+            as the probability that the teacher gives to its class. The mean stays one over the band.
         where: resize and schedule, as in `DistillationTerm`; its taps stay "logits".
 
     Raises:
-        ConfigError: for a band below 1, a temperature not above 0, a negative weight or feature taps.
+        ConfigError: for a band below 1, a temperature not above 0, a negative weight, an unknown trust or feature taps.
     """
 
     logits_only: ClassVar[bool] = True
 
-    def __init__(self, band: int = 3, temperature: float = 2.0, weight: float = 1.0, **where: Any) -> None:
+    def __init__(
+        self, band: int = 3, temperature: float = 2.0, weight: float = 1.0, trust: Trust = "all", **where: Any
+    ) -> None:
         super().__init__(weight, **where)
         _check_band(band)
         check_temperature(temperature)
-        self.band, self.temperature = band, temperature
+        check_trust(trust)
+        self.band, self.temperature, self.trust = band, temperature, trust
 
     def __call__(self, student: Tensor, teacher: Tensor, pixels: Pixels) -> Tensor:
         """Return the raw, unweighted loss of logits (N, K, H, W) and the pixels' classes, a scalar."""
-        return boundary_kl(student, teacher, pixels.mask, self.band, self.temperature, valid=pixels.valid)
+        return boundary_kl(
+            student, teacher, pixels.mask, self.band, self.temperature, valid=pixels.valid, trust=self.trust
+        )
 
 
 def _highest(indices: Tensor, band: int) -> Tensor:

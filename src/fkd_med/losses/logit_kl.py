@@ -12,6 +12,7 @@ from fkd_med.errors import ConfigError
 from fkd_med.losses.distillation import DistillationTerm
 from fkd_med.losses.pixels import Pixels
 from fkd_med.losses.tensors import blank, check_logits, check_temperature, mean_where, precise
+from fkd_med.losses.trust import Trust, believed, check_trust
 
 Reduction = Literal["pixel", "mean", "batchmean"]
 
@@ -23,6 +24,8 @@ def logit_kl(
     reduction: Reduction = "pixel",
     *,
     valid: Tensor | None = None,
+    trust: Trust = "all",
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Return temperature^2 times the Kullback-Leibler divergence of teacher and student, KL(teacher || student).
 
@@ -38,11 +41,14 @@ def logit_kl(
         reduction: "pixel", the mean over N, H and W (default); "mean", over N, K, H and W, K times smaller, as in the
             published FKD-Med code; "batchmean", the sum over pixels averaged over N only, H * W times larger.
         valid: which pixels count, bool (N, H, W): the others might as well not exist; all of them when left out.
+        trust: which pixels the teacher is believed at, see `trust_map`; their sum is still divided by all that count.
+        mask: class indices (N, H, W), for `trust`.
 
     Raises:
-        ConfigError: for a temperature not above 0, an unknown reduction, or shapes that differ.
+        ConfigError: for a temperature not above 0, an unknown reduction, shapes that differ, or trust without a mask.
     """
-    return _reduce(kl_map(student, teacher, temperature, valid=valid), student.shape[1], reduction, valid)
+    kl = believed(kl_map(student, teacher, temperature, valid=valid), teacher, mask, trust, valid)
+    return _reduce(kl, student.shape[1], reduction, valid)
 
 
 def kl_map(student: Tensor, teacher: Tensor, temperature: float = 1.0, *, valid: Tensor | None = None) -> Tensor:
@@ -62,25 +68,35 @@ class LogitKL(DistillationTerm):
         weight: factor beside the supervised loss; 0 turns the term off.
         reduction: "pixel" is the mean over pixels; "mean" (also over classes) and "batchmean" (sum over pixels) are
             for parity with other code: 1 : 1/K : H*W.
+        trust: "all" pixels; "correct", those whose class the teacher gets right; "true_class", each as far as the
+            probability that the teacher gives to its class. The mean stays one over all pixels.
         where: resize and schedule, as in `DistillationTerm`; its taps stay "logits".
 
     Raises:
-        ConfigError: for a temperature not above 0, a negative weight, an unknown reduction or feature taps.
+        ConfigError: for a temperature not above 0, a negative weight, an unknown reduction or trust, or feature taps.
     """
 
     logits_only: ClassVar[bool] = True
 
     def __init__(
-        self, temperature: float = 2.0, weight: float = 1.0, reduction: Reduction = "pixel", **where: Any
+        self,
+        temperature: float = 2.0,
+        weight: float = 1.0,
+        reduction: Reduction = "pixel",
+        trust: Trust = "all",
+        **where: Any,
     ) -> None:
         super().__init__(weight, **where)
         check_temperature(temperature)
         _check_reduction(reduction)
-        self.temperature, self.reduction = temperature, reduction
+        check_trust(trust)
+        self.temperature, self.reduction, self.trust = temperature, reduction, trust
 
     def __call__(self, student: Tensor, teacher: Tensor, pixels: Pixels) -> Tensor:
-        """Return the raw, unweighted loss of student and teacher logits (N, K, H, W), a scalar; no mask is needed."""
-        return logit_kl(student, teacher, self.temperature, self.reduction, valid=pixels.valid)
+        """Return the raw, unweighted loss of student and teacher logits (N, K, H, W), a scalar."""
+        return logit_kl(
+            student, teacher, self.temperature, self.reduction, valid=pixels.valid, trust=self.trust, mask=pixels.mask
+        )
 
 
 def _divergence(teacher: Tensor, student: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from fkd_med.distillation import Companions, Taps, TeacherMaps, match, rehearse, sample_image
+from fkd_med.distillation.views import check_square, of_views
 from fkd_med.errors import ConfigError
 from fkd_med.losses import LOGITS, DistillationTerm, LogitKL, Pixels, supervised_loss
 from fkd_med.modules.distillation_checks import (
@@ -17,6 +18,7 @@ from fkd_med.modules.distillation_checks import (
     check_connectors_known,
     check_losses,
     check_taps_are_cached,
+    check_views,
     weights_at,
 )
 from fkd_med.modules.schedule import progress_of
@@ -45,6 +47,8 @@ class DistillationModule(SegmentationModule):
         scheduler_interval: the unit in which the scheduler counts.
         teacher_cache: ``logits`` asks the teacher once per training image and keeps its logits on disk; ``taps`` keeps
             tapped features too; ``off`` runs the teacher at every step, on the augmented image.
+        teacher_views: over how many views of an image the teacher's logits are averaged: 1, the image as it is; 4, its
+            flips; 8, its flips and quarter turns. A cached teacher is asked that often once, a live one at every step.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class DistillationModule(SegmentationModule):
         scheduler: LRSchedulerCallable | None = None,
         scheduler_interval: str = "step",
         teacher_cache: TeacherCache | Literal[False] = "logits",  # False: what YAML makes of an unquoted off
+        teacher_views: Literal[1, 4, 8] = 1,
     ) -> None:
         super().__init__(network, loss, optimizer, scheduler, scheduler_interval)
         self._teaching = Teaching(teacher)
@@ -68,7 +73,9 @@ class DistillationModule(SegmentationModule):
         self.supervised_weight = supervised_weight
         self.teacher_cache = teacher_cache or "off"
         check_losses(self.losses, supervised_weight)
+        self.teacher_views = teacher_views
         check_taps_are_cached(self.losses, self.teacher_cache)
+        check_views(teacher_views, self.losses)
         if teacher is not None:
             teacher.check_taps(self.teacher_taps)
 
@@ -108,8 +115,8 @@ class DistillationModule(SegmentationModule):
             self._teaching.source = self._teaching.source.alone()
 
     def attach_teacher(self, teacher: nn.Module | None) -> None:
-        """Take a teacher to learn from; it is frozen. ``None`` lets go of the last one."""
-        self._teaching.attach(None if teacher is None else freeze(teacher))
+        """Take a teacher to learn from, in `teacher_views`; it is frozen. ``None`` lets go of the last one."""
+        self._teaching.attach(None if teacher is None else freeze(of_views(teacher, self.teacher_views)))
 
     def check_teachers(self, clients: Sequence[str | None]) -> None:
         """Refuse, before any training, a source that cannot give these clients teachers to learn from."""
@@ -149,8 +156,10 @@ class DistillationModule(SegmentationModule):
             teacher: a network of the teacher's architecture; the source's or the attached one when left out.
 
         Raises:
-            ConfigError: names the term, the taps and the shapes, or the modules nearest to a wrong tap.
+            ConfigError: names the term, the taps and the shapes, or the modules nearest to a wrong tap; images that are
+                not square cannot be seen in 8 views.
         """
+        check_square(self.teacher_views, image)
         architecture = self.teacher_source.architecture() if self.teacher_source is not None else None
         teacher = teacher or self.teacher or architecture
         if teacher is None:
@@ -203,7 +212,8 @@ class DistillationModule(SegmentationModule):
         source.ensure(client, data, **getattr(trainer, "teacher_options", dict)())
         maps = None
         if self.teacher_cache != "off":
-            maps = ensure_maps(source, client, data, self.teacher_taps, Surroundings.of(trainer))
+            around = Surroundings.of(trainer)
+            maps = ensure_maps(source, client, data, self.teacher_taps, around, self.teacher_views)
         self.learn_from(client, data, maps)
 
     def on_fit_end(self) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from fkd_med.distillation import Companions
+from fkd_med.distillation.views import NUMBERS
 from fkd_med.errors import ConfigError
 from fkd_med.losses import LOGITS, DistillationTerm
 
@@ -56,6 +57,25 @@ def check_taps_are_cached(losses: Terms, teacher_cache: str) -> None:
         raise ConfigError(
             f"model.losses.{tapping[0]} taps features of the teacher, and model.teacher_cache: logits keeps only "
             "its logits. Set it to taps (they may need much disk; the size is said before), or to off."
+        )
+
+
+def check_views(views: int, losses: Terms) -> None:
+    """Refuse numbers of views that make no group, and features of a teacher that is seen in several.
+
+    Raises:
+        ConfigError: names the number or the term, and the remedy.
+    """
+    if views not in NUMBERS:
+        raise ConfigError(
+            f"model.teacher_views is {views}: give 1 (the image as it is), 4 (its flips) or 8 (and quarter turns)."
+        )
+    tapping = [name for name, term in losses.items() if term.weight != 0 and term.teacher_tap != LOGITS]
+    if views > 1 and tapping:
+        raise ConfigError(
+            f"model.losses.{tapping[0]} taps features of the teacher, and model.teacher_views: {views} averages over "
+            "flipped images: logits flip with the image, channels of features need not. Leave teacher_tap at logits, "
+            "or set teacher_views: 1."
         )
 
 

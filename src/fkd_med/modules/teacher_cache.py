@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fkd_med.distillation import Taps, TeacherMaps, maps_bytes, write_maps
+from fkd_med.distillation.views import of_views
 from fkd_med.errors import ConfigError, TrainingError
 from fkd_med.evaluation.tables import human_bytes
 from fkd_med.locks import queued
@@ -68,7 +69,7 @@ class Surroundings:
 
 
 def ensure_maps(
-    source: TeacherSource, client: str | None, data: Any, taps: Sequence[str], around: Surroundings
+    source: TeacherSource, client: str | None, data: Any, taps: Sequence[str], around: Surroundings, views: int = 1
 ) -> TeacherMaps | None:
     """Return a client's cached teacher maps, made first if there are none; None if there can be none.
 
@@ -80,6 +81,7 @@ def ensure_maps(
         data: the data module, after ``setup``; see `check_carries`.
         taps: what is needed of the teacher besides its logits.
         around: device, precision, progress.
+        views: over how many views of each image the teacher's logits are averaged.
 
     Raises:
         TrainingError: the teacher answers with NaN or infinity; the image is named.
@@ -88,7 +90,7 @@ def ensure_maps(
     store = source.maps_folder()
     if store is None or around.is_trial:
         return None
-    key, description = cache_key(source, client, data, taps, around.precision)
+    key, description = cache_key(source, client, data, taps, around.precision, views)
     folder = store / f"{client or 'all-clients'}-{key[:16]}"
     maps = TeacherMaps.open(folder, key) if is_first_rank() else None
     if maps is not None:
@@ -97,7 +99,7 @@ def ensure_maps(
         with queued(store / f".{folder.name}.lock", f"The teacher cache {store}"):
             maps = TeacherMaps.open(folder, key)
             if maps is None:
-                maps = _build(source, client, data, taps, around, folder, key, description)
+                maps = _build(source, client, data, taps, around, folder, key, description, views)
             else:  # another process has just made them
                 _say_found(client, data, folder, around)
     around.barrier()
@@ -111,7 +113,7 @@ def _say_found(client: str | None, data: Any, folder: Path, around: Surroundings
 
 
 def cache_key(
-    source: TeacherSource, client: str | None, data: Any, taps: Sequence[str], precision: str
+    source: TeacherSource, client: str | None, data: Any, taps: Sequence[str], precision: str, views: int = 1
 ) -> tuple[str, dict[str, Any]]:
     """Return the key of a client's maps and, readable, what went into it."""
     architecture = source.architecture()
@@ -121,6 +123,7 @@ def cache_key(
         "network": None if architecture is None else signature(architecture),
         "taps": sorted({LOGITS, *taps}),
         "precision": precision,
+        **({"views": views} if views > 1 else {}),  # caches of one view keep the key they always had
     }
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest(), description
 
@@ -178,17 +181,18 @@ def image_count(data: Any, client: str | None) -> int:
 
 def _build(
     source: TeacherSource, client: str | None, data: Any, taps: Sequence[str], around: Surroundings,
-    folder: Path, key: str, description: dict[str, Any],
+    folder: Path, key: str, description: dict[str, Any], views: int,
 ) -> TeacherMaps:  # fmt: skip
     loader = every_image_once(data.client_train_eval_dataloader(client))
     ids = _ids(loader.dataset)
-    network = freeze(source.load(client)).to(around.device)
+    network = freeze(of_views(source.load(client), views)).to(around.device)
     tapped = Taps(network, taps, f"the teacher {type(network).__name__}")
     try:
         shapes = _shapes(tapped, loader.dataset[0]["image"][None], around)
         if around.reporter is not None:
             size = human_bytes(maps_bytes(len(ids), shapes))
-            around.reporter.line(f"teacher maps of {client or 'all clients'}: {len(ids)} images, {size} in {folder}")
+            what = "images" if views == 1 else f"images in {views} views"
+            around.reporter.line(f"teacher maps of {client or 'all clients'}: {len(ids)} {what}, {size} in {folder}")
         return write_maps(folder, key, description, ids, shapes, _answers(tapped, loader, client, around))
     finally:
         tapped.remove()
