@@ -16,9 +16,7 @@ from fkd_med.losses import LOGITS, DistillationTerm, LogitKL, Pixels, supervised
 from fkd_med.modules.distillation_checks import (
     check_companions_fit,
     check_connectors_known,
-    check_losses,
-    check_taps_are_cached,
-    check_views,
+    check_settings,
     weights_at,
 )
 from fkd_med.modules.schedule import progress_of
@@ -72,10 +70,8 @@ class DistillationModule(SegmentationModule):
         self.losses = dict(losses) if losses is not None else {"logit_kl": LogitKL()}
         self.supervised_weight = supervised_weight
         self.teacher_cache = teacher_cache or "off"
-        check_losses(self.losses, supervised_weight)
         self.teacher_views = teacher_views
-        check_taps_are_cached(self.losses, self.teacher_cache)
-        check_views(teacher_views, self.losses)
+        check_settings(self.losses, supervised_weight, self.teacher_cache, teacher_views)
         if teacher is not None:
             teacher.check_taps(self.teacher_taps)
 

@@ -22,7 +22,14 @@ def weights_at(losses: Terms, progress: float) -> dict[str, float]:
     return {name: weight for name, weight in weights.items() if weight != 0}
 
 
-def check_losses(losses: Terms, supervised_weight: float) -> None:
+def check_settings(losses: Terms, supervised_weight: float, teacher_cache: str, views: int) -> None:
+    """Refuse terms, weights, caches and views that do not go together; ConfigError names the key and the remedy."""
+    _check_losses(losses, supervised_weight)
+    _check_taps_are_cached(losses, teacher_cache)
+    _check_views(views, losses)
+
+
+def _check_losses(losses: Terms, supervised_weight: float) -> None:
     """Refuse names that terms cannot have, and weights that leave no loss at some time of the run.
 
     Raises:
@@ -46,7 +53,7 @@ def check_losses(losses: Terms, supervised_weight: float) -> None:
         )
 
 
-def check_taps_are_cached(losses: Terms, teacher_cache: str) -> None:
+def _check_taps_are_cached(losses: Terms, teacher_cache: str) -> None:
     """Refuse terms on features of the teacher when its cache keeps only logits.
 
     Raises:
@@ -60,7 +67,7 @@ def check_taps_are_cached(losses: Terms, teacher_cache: str) -> None:
         )
 
 
-def check_views(views: int, losses: Terms) -> None:
+def _check_views(views: int, losses: Terms) -> None:
     """Refuse numbers of views that make no group, and features of a teacher that is seen in several.
 
     Raises:
