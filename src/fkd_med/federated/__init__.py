@@ -6,9 +6,9 @@ from fkd_med.federated.client_data import ClientData
 from fkd_med.federated.ensemble import EnsembleStage, EnsembleTeachers
 from fkd_med.federated.feddf import FedDF
 from fkd_med.federated.federation import Federation
+from fkd_med.federated.global_distillation import GlobalDistillation
 from fkd_med.federated.participation import Availability, ByWeight, Fraction, Number, Participation, RoundRobin
 from fkd_med.federated.public_digest import PublicDigest
-from fkd_med.federated.global_distillation import GlobalDistillation
 from fkd_med.federated.rules import ClientRule, FedNovaRule, FedProx, ScaffoldRule
 from fkd_med.federated.server_distillation import ServerDistillation, ServerWork
 from fkd_med.federated.teachers import TeacherStage
@@ -26,10 +26,10 @@ __all__ = [
     "FedDF",
     "FedNovaRule",
     "FedProx",
-    "GlobalDistillation",
     "FederatedTrainer",
     "Federation",
     "Fraction",
+    "GlobalDistillation",
     "Number",
     "Participation",
     "PublicDigest",

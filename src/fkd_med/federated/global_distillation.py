@@ -23,10 +23,10 @@ Terms = Callable[[dict[str, Any]], dict[str, Tensor]]
 class GlobalDistillation(ClientRule):
     """Distil the global student, as the round began with it, into the one that a client trains.
 
-    weight T^2 KL(global || own) per pixel is part of the loss, beside the masks and the client's own teacher. The global
-    student sees the same augmented images, in eval mode; it costs a forward pass of the student, and no bytes. Yao et
-    al., "FedGKD: Toward Heterogeneous Federated Learning via Global Knowledge Distillation", 2021, with the latest global
-    model only; the weight is ours.
+    weight T^2 KL(global || own) per pixel is part of the loss, beside the masks and the client's own teacher. The
+    global student sees the same augmented images, in eval mode; it costs a forward pass of the student, and no bytes.
+    Yao et al., "FedGKD: Toward Heterogeneous Federated Learning via Global Knowledge Distillation", 2021, with the
+    latest global model only; the weight is ours.
 
     Args:
         weight: factor beside the supervised loss, 0 or above. 0 is the training without this rule.
@@ -68,7 +68,7 @@ class GlobalDistillation(ClientRule):
                     self._logits = [logits, before(*arguments)]
 
         self._hook = pl_module.network.register_forward_hook(note)
-        pl_module.loss_terms = self._added(pl_module.loss_terms)  # type: ignore[method-assign]
+        vars(pl_module)["loss_terms"] = self._added(pl_module.loss_terms)  # for this copy of the module only
 
     def _added(self, terms_of: Terms) -> Terms:
         """Return a module's `loss_terms` with ours beside it."""
@@ -87,7 +87,7 @@ class GlobalDistillation(ClientRule):
         """Let go of the global student."""
         if self.weight != 0:
             self._hook.remove()
-            del pl_module.loss_terms
+            del vars(pl_module)["loss_terms"]
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
