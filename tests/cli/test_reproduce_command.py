@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from fkd_med.cli import main
+from fkd_med.locks import locked
 from fkd_med.study import runner
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -46,7 +47,9 @@ def test_tiny_makes_every_table_once(launched: list[list[str]], capsys: pytest.C
     assert main([*TINY, "--tables", "--seeds", "0", "1"]) == 0 and len(launched) == runs
     said = capsys.readouterr().out
     assert "cvc resunet ours seed 1" in said.partition("Missing:")[2]
-    assert main([*TINY, "--tables", "--split", "val"]) == 0
+    with locked(Path("made/.fkd-study-lock"), "The study"):  # as while it runs
+        assert main([*TINY, "--tables", "--split", "val"]) == 0
+        assert main(TINY) == 2 and "in use by process" in capsys.readouterr().err
     assert Path("made/RESULTS-val.md").exists()
 
 

@@ -42,10 +42,10 @@ def reproduce(arguments: list[str]) -> None:
     console = wide_console(140)
     tally = Tally(left=[job for job in jobs if not job.finished])
     _make(output)
-    with locked(output / ".fkd-study-lock", f"The study {output}"):
-        if not given.tables:
+    if not given.tables:  # tables may be looked at while the study runs
+        with locked(output / ".fkd-study-lock", f"The study {output}"):
             tally = run_jobs(jobs, console, given.minutes)
-        _write(study, jobs, given.split, output, console, arguments)
+    _write(study, jobs, given.split, output, console, arguments)
     _end(tally, given.tables, console)
 
 

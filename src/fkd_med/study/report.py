@@ -9,7 +9,9 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
+from fkd_med.evaluation.intervals import Interval
 from fkd_med.evaluation.plots import COLOURS
 from fkd_med.evaluation.summary import summarize
 from fkd_med.files import atomic_write_text, atomic_writer
@@ -69,22 +71,23 @@ def _plots(tables: Tables, output: Path, suffix: str) -> list[Path]:
 
 def _draw_differences(tables: Tables, path: Path) -> None:
     """Draw each difference with its interval, a group per cell, and a line at 0."""
-    figure, axes = _figure(1.2 + 0.32 * len(tables.cells()) * len(tables.study.differences))
-    place, ticks, names = 0.0, [], []
+    lines: list[tuple[float, str, str, Interval]] = []
+    place = 0.0
     for cell in tables.cells():
         for number, difference in enumerate(tables.study.differences):
             found = tables.pairs(cell, difference)
             if found:
-                interval = nested_bootstrap(found)
-                colour = COLOURS[number % len(COLOURS)]
-                axes.plot([100 * interval.low, 100 * interval.high], [place, place], color=colour, linewidth=2)
-                axes.plot([100 * interval.estimate], [place], "o", color=colour, markersize=5)
-                ticks.append(place)
-                names.append(f"{tables.name(cell)}: {difference.label}")
-            place -= 1.0
+                name = f"{tables.name(cell)}: {difference.label}"
+                lines.append((place, name, COLOURS[number % len(COLOURS)], nested_bootstrap(found)))
+                place -= 1.0
         place -= 0.5
+    figure, axes = _figure(1.2 + 0.3 * len(lines))
+    for place, _, colour, interval in lines:
+        axes.plot([100 * interval.low, 100 * interval.high], [place, place], color=colour, linewidth=2)
+        axes.plot([100 * interval.estimate], [place], "o", color=colour, markersize=5)
     axes.axvline(0, color="0.5", linewidth=1)
-    axes.set_yticks(ticks, names)
+    axes.set_yticks([line[0] for line in lines], [line[1] for line in lines])
+    axes.set_ylim(lines[-1][0] - 0.6, 0.6)
     axes.set_xlabel("Dice points, image by image; 95 % over seeds and images")
     _save(figure, path)
 
@@ -101,6 +104,7 @@ def _draw_bytes(tables: Tables, path: Path) -> None:
             axes.plot(sent, dice, "os^Dv"[number // len(COLOURS) % 5], color=dark, label=label, markersize=6)
     axes.set_xscale("symlog", linthresh=1.0)
     axes.set_xlim(left=-0.2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("megabytes sent in the whole run, all hospitals, up and down")
     axes.set_ylabel(f"{tables.split} Dice, mean of hospitals")
     figure.legend(frameon=False, loc="outside upper left", ncols=3)

@@ -17,7 +17,10 @@ from fkd_med.study.intervals import nested_bootstrap, paired, samples
 from fkd_med.study.jobs import Job
 from fkd_med.study.outcome import Outcome, Rows
 
-_INTERVALS = "Intervals: 95 %, bootstrap over seeds and the images of each hospital; few seeds make them too narrow."
+_INTERVALS = (
+    "Intervals: 95 %, bootstrap over seeds and the images of each hospital. Few seeds make them too narrow; one seed "
+    "says nothing of others."
+)
 
 
 @dataclass(frozen=True)
@@ -83,17 +86,18 @@ class Tables:
         """Return the paired differences of each cell, in Dice points."""
         columns = [Column("cell", left=True), Column("difference", left=True), Column("seeds")]
         columns += [Column("points"), Column("95 %"), Column("by seed", left=True)]
-        rows = []
+        rows, shown = [], {}
         for cell in self.cells():
             for difference in self.study.differences:
                 found = self.pairs(cell, difference)
                 if found:
                     interval = nested_bootstrap(found)
                     each = ", ".join(f"{100 * nested_bootstrap({seed: found[seed]}).estimate:+.1f}" for seed in found)
+                    shown[difference.label] = difference
                     numbers = [str(len(found)), f"{100 * interval.estimate:+.2f}", _bounds(interval, 100, "+.2f"), each]
                     rows.append([self.name(cell), difference.label, *numbers])
         names = {name: arm.label for name, arm in self.study.arms.items()}
-        notes = [f"{d.label}: {names[d.of]} minus {names[d.over]}." for d in self.study.differences]
+        notes = [f"{d.label}: {names[d.of]} minus {names[d.over]}." for d in shown.values()]
         return Sheet("Differences in Dice points, image by image", columns, rows, [*notes, _INTERVALS])
 
     def pairs(self, cell: tuple[str, str], difference: Difference) -> dict[int, dict[str, np.ndarray]]:
