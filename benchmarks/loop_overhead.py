@@ -2,8 +2,16 @@
 
 ``python benchmarks/loop_overhead.py time`` trains the default student for some rounds in our loop, and the same steps
 in a bare PyTorch loop: the same loaders, loss, optimizer and averaging, but no Trainer, messages, checkpoints or
-ledger. Both run in turns in one process; `ratio` is the median over the turns of our seconds per round to the bare
-loop's in the same turn.
+ledger. Both run in turns in one process and one thread; `ratio` is the median over the turns of our seconds per round
+to the bare loop's in the same turn, `ratio_cpu` the same of processor time, which other programs disturb less.
+
+``python benchmarks/loop_overhead.py flower`` (needs ``pip install '.[benchmark]'``) adds to each turn Flower's
+simulation engine with its FedAvg, one client at a time in a worker of one processor and one thread. `ratio_flower` is
+Flower to the bare loop, `ratio_ours_flower` ours to Flower: seconds per round, by the time between the beginnings of
+rounds, the first left out. `flower_start_s` and `flower_first_round_s` are what that leaves out (ray, the worker's
+imports); `ratio_runs` is ours to Flower from the call to its return. Imports of this program count for nobody. `apart`
+is the largest difference from the bare loop's student after the first round: all do the same work, and only the mean is
+rounded differently.
 
 ``python benchmarks/loop_overhead.py memory`` runs 50 rounds of a federation of 300 clients, 30 a round, and prints
 resident memory, open files and threads by round; `slope_percent` is the rise of a line through rounds 10 to 50, in
@@ -30,105 +38,80 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
-from fkd_med.data import FederatedDataModule, Phantoms
+from _flower_rounds import MISSING, flower, installed
+from _rounds import Measured, Work, apart, bare, hospitals, now, per_round, student
+from fkd_med.communication import State
 from fkd_med.data.datasets import collate
 from fkd_med.federated import FederatedTrainer, Federation, Fraction
-from fkd_med.losses import supervised_loss
 from fkd_med.modules import SegmentationModule
-from fkd_med.networks import SlimUNet
 
 
 class RoundClock(L.Callback):
-    """Notes when each round of the server begins."""
+    """Notes when each round of the server begins, and the student after the first."""
 
     def __init__(self) -> None:
-        self.times: list[float] = []
+        self.times: list[tuple[float, float]] = []
+        self.first: State = {}
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note the time."""
-        self.times.append(time.perf_counter())
+        self.times.append(now())
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the first round's student."""
+        self.first = self.first or copy.deepcopy(pl_module.state_dict())
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note the end of the last round."""
-        self.times.append(time.perf_counter())
+        self.times.append(now())
 
 
-def data(folder: Path, clients: int, images: int, size: int, batch: int) -> FederatedDataModule:
-    """Return phantom hospitals whose first `images` are for training."""
-    module = FederatedDataModule(
-        folder, layout=Phantoms(clients, images, size), image_size=size, in_channels=3, batch_size=batch, seed=0,
-        val_fraction=0.05, test_fraction=0.05,
-    )  # fmt: skip
-    module.setup("fit")
-    return module
-
-
-def federated_round(module: SegmentationModule, hospitals: Any, rounds: int, steps: int, folder: Path) -> float:
-    """Return the median seconds of a round of ours, without validation."""
-    clock = RoundClock()
+def federated(work: Work, folder: Path) -> Measured:
+    """Do the work in our loop, without validation."""
+    began, clock, server = time.perf_counter(), RoundClock(), copy.deepcopy(student())
     trainer = FederatedTrainer(
-        federation=Federation(rounds=rounds, local_steps=steps), default_root_dir=folder, limit_val_batches=0,
-        accelerator="cpu", devices=1, logger=False, callbacks=[clock],
+        federation=Federation(rounds=work.rounds, local_steps=work.steps), default_root_dir=folder,
+        limit_val_batches=0, accelerator="cpu", devices=1, logger=False, callbacks=[clock],
     )  # fmt: skip
     trainer.reporter.enabled = False
-    trainer.fit(copy.deepcopy(module), datamodule=hospitals)
-    return statistics.median(np.diff(clock.times)[1:].tolist())
+    trainer.fit(server, datamodule=hospitals(work))
+    wall, cpu = per_round(clock.times)
+    return Measured(wall, time.perf_counter() - began, clock.first, cpu)
 
 
-def bare_round(module: SegmentationModule, hospitals: Any, rounds: int, steps: int) -> float:
-    """Return the median seconds of a round of the bare loop."""
-    student, times = copy.deepcopy(module), []
-    for round in range(1, rounds + 1):
-        started = time.perf_counter()
-        states = [bare_client(student, hospitals, client, round, steps) for client in hospitals.client_names()]
-        weights = [hospitals.num_examples(client) for client in hospitals.client_names()]
-        student.load_state_dict(mean(states, weights))
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
-
-
-def bare_client(student: SegmentationModule, hospitals: Any, client: str, round: int, steps: int) -> dict[str, Tensor]:
-    """Train a copy of the student on a client's batches."""
-    worker = copy.deepcopy(student).train()
-    optimizer = torch.optim.Adam(worker.parameters())
-    loader, done = hospitals.client_train_dataloader(client, round), 0
-    while done < steps:
-        for batch in loader:
-            optimizer.zero_grad()
-            supervised_loss(worker.loss, worker(batch["image"]), batch["mask"]).backward()
-            optimizer.step()
-            done += 1
-            if done == steps:
-                break
-    return worker.state_dict()
-
-
-def mean(states: list[dict[str, Tensor]], weights: list[int]) -> dict[str, Tensor]:
-    """Return the weighted mean of states, in their dtypes."""
-    total = sum(weights)
-    return {
-        name: sum(s[name].double() * (w / total) for s, w in zip(states, weights, strict=True)).to(tensor.dtype)
-        for name, tensor in states[0].items()
-    }
-
-
-def measure_time(turns: int, rounds: int, steps: int, size: int, batch: int) -> None:
+def measure_time(turns: int, work: Work, beside_flower: bool = False) -> None:
     """Print a line for each turn, and one for all."""
     L.seed_everything(0, verbose=False)
-    module, ratios = SegmentationModule(SlimUNet()), []
+    hospitals(work)
+    lines = [one_turn(turn, work, beside_flower) for turn in range(turns)]
+    settings = {key: value for key, value in vars(work).items() if key != "folder"}
+    medians = {
+        name: round(statistics.median(line[name] for line in lines), 4) for name in lines[0] if name.startswith("ratio")
+    }
+    said = {**settings, "turns": turns, "threads": torch.get_num_threads(), **medians}
+    print(json.dumps({"program": "loop_overhead", **said}), flush=True)
+
+
+def one_turn(turn: int, work: Work, beside_flower: bool) -> dict[str, float]:
+    """Do the work once in each way, print what it took and return it."""
     with tempfile.TemporaryDirectory() as folder:
-        hospitals = data(Path(folder) / "phantoms", 3, max(20, steps * batch // 4), size, batch)
-        for turn in range(turns):
-            ours = federated_round(module, hospitals, rounds, steps, Path(folder) / f"run-{turn}")
-            bare = bare_round(module, hospitals, rounds, steps)
-            ratios.append(ours / bare)
-            said = {"ours_s": round(ours, 3), "bare_s": round(bare, 3), "ratio": round(ratios[-1], 4)}
-            print(json.dumps({"program": "loop_overhead", "turn": turn, **said}), flush=True)
-    settings = {"rounds": rounds, "clients": 3, "steps": steps, "size": size, "batch": batch, "turns": turns}
-    print(json.dumps({"program": "loop_overhead", **settings, "ratio": round(statistics.median(ratios), 4)}))
+        ours = federated(work, Path(folder))
+    plain = bare(work)
+    line = {"ours_s": ours.round_s, "bare_s": plain.round_s, "ratio": ours.round_s / plain.round_s}
+    line["ratio_cpu"] = ours.round_cpu_s / plain.round_cpu_s
+    line |= {"ours_run_s": ours.run_s, "bare_run_s": plain.run_s, "ours_apart": apart(ours.first, plain.first)}
+    if beside_flower:
+        theirs, start = flower(work)
+        line |= {"flower_s": theirs.round_s, "ratio_flower": theirs.round_s / plain.round_s}
+        line |= {"ratio_ours_flower": ours.round_s / theirs.round_s, "ratio_runs": ours.run_s / theirs.run_s}
+        line |= {"flower_run_s": theirs.run_s, **{f"flower_{name}": seconds for name, seconds in start.items()}}
+        line["flower_apart"] = apart(theirs.first, plain.first)
+    shown = {name: float(f"{value:.2g}") if "apart" in name else round(value, 4) for name, value in line.items()}
+    print(json.dumps({"program": "loop_overhead", "turn": turn, **shown}), flush=True)
+    return line
 
 
 class Watch(L.Callback):
@@ -206,19 +189,26 @@ def measure_memory(rounds: int, clients: int, share: float) -> None:
 
 
 def main() -> None:
-    """Measure what is asked for; both when nothing is."""
+    """Measure what is asked for; time and memory when nothing is."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", nargs="?", choices=["time", "memory", "all"], default="all")
+    parser.add_argument("what", nargs="?", choices=["time", "flower", "memory", "all"], default="all")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=4, help="Rounds per turn; the first is not counted.")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--clients", type=int, default=300)
+    parser.add_argument("--clients", type=int, default=300, help="Of `memory`; the others have three.")
     given = parser.parse_args()
+    if given.rounds < 2 or given.turns < 1:
+        parser.error("--rounds: at least 2, of which the first is not counted; --turns: at least 1")
+    if given.what == "flower" and not installed():
+        parser.exit(2, f"{MISSING}\n")
     warnings.filterwarnings("ignore", module="lightning")
-    if given.what in ("time", "all"):
-        measure_time(given.turns, given.rounds, given.steps, given.size, given.batch)
+    torch.set_num_threads(1)
+    if given.what != "memory":
+        with tempfile.TemporaryDirectory() as folder:
+            work = Work(folder, given.rounds, given.steps, given.size, given.batch)
+            measure_time(given.turns, work, given.what == "flower")
     if given.what in ("memory", "all"):
         measure_memory(50, given.clients, 0.1)
 

@@ -33,10 +33,14 @@ class KeepOptimizers(L.Callback):
 
     Only the moments: learning rates and the like follow the schedule, which `RunClock` puts at its place in the run
     even for a client that sat out some rounds.
+
+    Args:
+        before: what the client kept from its last round.
+        keeps: whether the moments are taken back at the end.
     """
 
-    def __init__(self, before: ClientState) -> None:
-        self.before = before
+    def __init__(self, before: ClientState, keeps: bool) -> None:
+        self.before, self.keeps = before, keeps
         self.after = ClientState()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -45,19 +49,22 @@ class KeepOptimizers(L.Callback):
         Raises:
             ConfigError: the optimizers remember other parameters than are trained now.
         """
-        self.after.parameters = [name for name, p in pl_module.named_parameters() if p.requires_grad]
-        if self.before.optimizers and self.before.parameters != self.after.parameters:
-            changed = sorted(set(self.before.parameters) ^ set(self.after.parameters)) or ["their order"]
+        parameters = [name for name, p in pl_module.named_parameters() if p.requires_grad]
+        if self.before.optimizers and self.before.parameters != parameters:
+            changed = sorted(set(self.before.parameters) ^ set(parameters)) or ["their order"]
             raise ConfigError(
                 f"federation.optimizer_state: keep has moments of other parameters than are trained now ({changed[0]} "
                 "differs): resume with the model and the terms the run was started with, or use reset."
             )
+        if self.keeps:
+            self.after.parameters = parameters
         for optimizer, state in zip(trainer.optimizers, self.before.optimizers, strict=False):
             optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the state as it is after this round."""
-        self.after.optimizers = [copy.deepcopy(optimizer.state_dict()) for optimizer in trainer.optimizers]
+        """Take the state as it is after this round, if it is kept."""
+        if self.keeps:
+            self.after.optimizers = [copy.deepcopy(optimizer.state_dict()) for optimizer in trainer.optimizers]
 
 
 class MeanBuffers(L.Callback):
@@ -129,7 +136,7 @@ class ClientWorker:
                 companions.load_tensors(before.companions)
             loader = self.data.client_train_dataloader(client, broadcast.round)
             worker.clock = self._clock(broadcast.round, loader)  # type: ignore[assignment]
-            keeper, rate = KeepOptimizers(before), LearningRateNote()
+            keeper, rate = KeepOptimizers(before, self.federation.optimizer_state == "keep"), LearningRateNote()
             trainer = self._trainer(client, broadcast.round, [keeper, rate, *rules])
             trainer.fit(worker, loader)
         if trainer.global_step == 0:
@@ -164,8 +171,6 @@ class ClientWorker:
 
     def _keep(self, client: str, round: int, personal: dict[str, Tensor], after: ClientState) -> None:
         """Write what stays with the client."""
-        if self.federation.optimizer_state == "reset":
-            after.optimizers, after.parameters = [], []
         after.personal = personal
         after.rules = {name: tensors for name, tensors in after.rules.items() if tensors}
         if is_first_rank():

@@ -43,7 +43,7 @@ def quiet() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        _set_level(logger, logging.ERROR)
     try:
         with warnings.catch_warnings():
             for message in _EXPECTED:
@@ -51,4 +51,9 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+            _set_level(logger, level)
+
+
+def _set_level(logger: logging.Logger, level: int) -> None:
+    if logger.level != level:  # `setLevel` empties the caches of all loggers there are: a millisecond
+        logger.setLevel(level)
