@@ -49,7 +49,7 @@ def test_tiny_makes_every_table_once(launched: list[list[str]], capsys: pytest.C
     assert "cvc resunet ours seed 1" in said.partition("Missing:")[2]
     with locked(Path("made/.fkd-study-lock"), "The study"):  # as while it runs
         assert main([*TINY, "--tables", "--split", "val"]) == 0
-        assert main(TINY) == 2 and "in use by process" in capsys.readouterr().err
+        assert main(TINY) == 2 and "in use by this very process" in capsys.readouterr().err
     assert Path("made/RESULTS-val.md").exists()
 
 

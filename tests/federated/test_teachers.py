@@ -433,6 +433,7 @@ def test_all_ranks_do_as_rank_zero_found(fed, tmp_path, monkeypatch, said) -> No
     fits: list[int] = []
     stage = fed.teacher_stage(tmp_path, epochs=1)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
     monkeypatch.setattr(stage, "_train", lambda *args: fits.append(1))
     ensure(fed, stage)
