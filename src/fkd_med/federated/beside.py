@@ -6,6 +6,7 @@ It ends when the run's own process does, however that ended, and takes its data 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import pickle
 import signal
@@ -32,7 +33,7 @@ def serve(connection: Connection) -> None:
     """Train clients until the run's own process ends this one, or is gone.
 
     Args:
-        connection: first come the environment (JSON) and a packed `Handover`; then, by a letter, a packed `RoundStart`
+        connection: first come the surroundings (JSON) and a packed `Handover`; then, by a letter, a packed `RoundStart`
             (``r``) or a client's name (``c``). Answers are JSON.
     """
     os.setpgid(0, 0)  # so that data workers can be ended with this process, and a Ctrl-C is the first process's to take
@@ -40,7 +41,9 @@ def serve(connection: Connection) -> None:
     threading.Thread(target=_end_with_parent, daemon=True, name="parent-watch").start()
     tell = partial(_tell, connection)
     try:
-        os.environ.update(json.loads(connection.recv_bytes()))
+        around = json.loads(connection.recv_bytes())
+        os.environ.update(around["environment"])
+        multiprocessing.set_start_method(around["start_method"], force=True)  # of data workers: as in the run's own
         packed = connection.recv_bytes()
         try:
             handover: Handover = pickle.loads(packed)  # from the process that started this one

@@ -31,6 +31,8 @@ from fkd_med.files import remove_leftovers
 
 SILENCE = 1800.0
 """Seconds without a batch after which a process counts as stuck; as long as collectives wait."""
+BEGINNING = 1800.0
+"""The same before its first client: it may have to import the stack from a slow disk."""
 _KNOWN = {kind.__name__: kind for kind in (ConfigError, DataError, RunError, TrainingError, MisconfigurationException)}
 
 
@@ -164,15 +166,17 @@ class Crew:
     def _listen(self) -> None:
         """Wait until a process says something or ends, or has been silent for too long."""
         busy = [member for member in self._members if member.client is not None]
-        patience = max(0.0, min(member.heard for member in busy) + SILENCE - time.monotonic())
+        patience = max(0.0, min(_deadline(member) for member in busy) - time.monotonic())
         ready = connection.wait([end for member in busy for end in member.ends], timeout=patience)
         for member in busy:
             if member.connection in ready:
                 self._hear(member)
             elif member.ends[1] in ready:
                 self._lost(member, f"the process that trained it {member.how_it_ended()}")
-            elif time.monotonic() - member.heard >= SILENCE:
-                self._lost(member, f"no batch was done for {SILENCE / 60:g} minutes, so its process was ended")
+            elif time.monotonic() >= _deadline(member):
+                self._lost(
+                    member, f"the process that trained it did nothing for {SILENCE / 60:g} minutes and was ended"
+                )
 
     def _hear(self, member: Member) -> None:
         """Take what a process says."""
@@ -220,6 +224,11 @@ class Crew:
     def _tidy(self) -> None:
         for folder in self.folders:
             remove_leftovers(folder)
+
+
+def _deadline(member: Member) -> float:
+    """Return until when a process has to say something."""
+    return member.heard + (SILENCE if member.is_ready else BEGINNING)
 
 
 def _error(said: Mapping[str, Any]) -> Exception:

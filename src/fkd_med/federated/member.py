@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import time
@@ -34,9 +35,10 @@ class Member:
         self.heard = time.monotonic()
 
     def begin(self, packed: bytes) -> None:
-        """Hand over what every process needs (a packed `Handover`), and the environment."""
+        """Hand over what every process needs (a packed `Handover`), and what surrounds the run."""
         environment = dict(os.environ) | ({} if self.device is None else {"CUDA_VISIBLE_DEVICES": self.device})
-        self.connection.send_bytes(json.dumps(environment).encode())
+        around = {"environment": environment, "start_method": multiprocessing.get_start_method(allow_none=True)}
+        self.connection.send_bytes(json.dumps(around).encode())
         self.connection.send_bytes(packed)
 
     def train(self, client: str, start: bytes) -> None:
