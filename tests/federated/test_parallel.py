@@ -333,7 +333,9 @@ def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     cuda = torch.device("cuda", 0)
     assert visible_devices({"devices": 1}, cuda) == ["0", "1"]
-    assert visible_devices({"devices": [1]}, cuda) == []  # the user's own choice
+    assert (
+        visible_devices({"devices": [1]}, cuda) == visible_devices({"devices": "1,"}, cuda) == []
+    )  # the user's choice
     assert visible_devices({}, torch.device("cpu")) == []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
     assert visible_devices({"devices": 1}, cuda) == ["3", "GPU-5"]

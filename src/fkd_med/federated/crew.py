@@ -56,7 +56,7 @@ class Crew:
 
     Args:
         size: how many at the same time.
-        handover: gives what every process needs; called when the first one starts.
+        handover: gives what every process needs; called when some start.
         devices: GPUs to share out, see `visible_devices`.
         folders: where processes write; what a killed one left half-written there is removed.
         show: shows a text beside the progress bar.
@@ -70,7 +70,7 @@ class Crew:
         self._members: list[Member] = []
         self._queue: deque[str] = deque()
         self._outcomes: dict[str, Outcome] = {}
-        self._packed = self._start = b""
+        self._start = b""
         self._context = _context()
 
     @classmethod
@@ -85,7 +85,7 @@ class Crew:
         size = worker.federation.parallel
         if size == 1:
             return None
-        Handover.of(worker, exchange, maps).packed()  # refuse now, before teachers are trained
+        Handover.of(worker, exchange, maps).check()  # now, before teachers are trained
         threads, cores = torch.get_num_threads(), os.cpu_count() or 1
         if device.type == "cpu" and size * threads > cores:
             worker.reporter.line(
@@ -150,7 +150,7 @@ class Crew:
         """Start some processes, all before the first is told anything: each has to begin, which takes a while."""
         if number < 1:
             return
-        self._packed = self._packed or self.handover().packed()
+        packed = self.handover().packed()
         new = []
         for _ in range(number):
             used = [member.device for member in self._members]
@@ -159,7 +159,7 @@ class Crew:
             self._members.append(new[-1])
         for member in new:
             try:
-                member.begin(self._packed)
+                member.begin(packed)
             except OSError:
                 raise self._never_began(member) from None
 

@@ -72,10 +72,14 @@ class Handover:
         )  # fmt: skip
 
     def packed(self) -> bytes:
-        """Return this as bytes.
+        """Return this as bytes; call `check` once before."""
+        return pickle.dumps(self)
+
+    def check(self) -> None:
+        """Refuse what cannot go to another process.
 
         Raises:
-            ConfigError: a part cannot go to another process; names the key and the reason.
+            ConfigError: names the key and the reason.
         """
         parts = {
             "model": self.module,
@@ -84,16 +88,21 @@ class Handover:
             "federation.client_callbacks": self.federation.client_callbacks,
             "federation": self.federation,
             "trainer": self.flags,
+            "the run": self,
         }
-        try:
-            return pickle.dumps(self)
-        except Exception as whole:
-            for key, part in parts.items():
-                try:
-                    pickle.dumps(part)
-                except Exception as error:
-                    raise _stays(key, part, error) from error
-            raise _stays("the run", self, whole) from whole
+        for key, part in parts.items():
+            try:
+                pickle.Pickler(_Nowhere()).dump(part)
+            except Exception as error:
+                raise _stays(key, part, error) from error
+
+
+class _Nowhere:
+    """A file that keeps nothing: a teacher may be large."""
+
+    def write(self, data: Any) -> int:
+        """Take some bytes."""
+        return len(data)
 
 
 @dataclass(frozen=True)
@@ -128,10 +137,11 @@ def visible_devices(flags: Mapping[str, Any], device: torch.device) -> list[str]
     """Return the GPUs that processes share out among them, as CUDA_VISIBLE_DEVICES names them; none to share out.
 
     Args:
-        flags: those of the run's Trainer; a list of devices is the user's own choice, and all use it.
+        flags: those of the run's Trainer; a list of devices (also as text, ``1,``) is the user's choice, for all.
         device: the run's own.
     """
-    if device.type != "cuda" or isinstance(flags.get("devices"), list | tuple):
+    asked = flags.get("devices")
+    if device.type != "cuda" or isinstance(asked, list | tuple) or (isinstance(asked, str) and "," in asked):
         return []
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
