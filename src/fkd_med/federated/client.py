@@ -6,7 +6,7 @@ The same code serves simulation and deployment: it knows its data, its folder an
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import lightning as L
 from torch import Tensor
 
 from fkd_med.communication import Broadcast, Extras, Update
+from fkd_med.distillation import TeacherMaps
 from fkd_med.errors import ConfigError
 from fkd_med.federated.client_data import ClientData
 from fkd_med.federated.client_state import ClientState, ClientStates
@@ -207,3 +208,16 @@ class ClientWorker:
             total_steps=federation.rounds * steps,
             rounds=federation.rounds,
         )
+
+
+def give_teacher(module: L.LightningModule, client: str, data: Any, maps: Mapping[str, TeacherMaps]) -> None:
+    """Give a client's copy of the module that client's teacher.
+
+    Args:
+        module: the copy; one that does not distil needs none.
+        client: the client.
+        data: the data module, whose batches bring cached maps.
+        maps: the cached maps of teachers, by client.
+    """
+    if isinstance(module, DistillationModule) and module.active_losses and module.teacher_source is not None:
+        module.learn_from(client, data, maps.get(client))

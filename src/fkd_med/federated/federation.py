@@ -60,6 +60,8 @@ class Federation:
         chaos: simulated trouble, for teaching and for tests; null for none.
         local_baseline: after the run, also train each client alone with the same budget, for the end table.
         threads: CPU threads torch uses for training; results are bit-identical only for the same number.
+        parallel: how many clients train at the same time, each in a process of its own with `threads` threads; the
+            results are those of one after the other. For one device per client.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Federation:
         chaos: Chaos | None = None,
         local_baseline: bool = False,
         threads: int | None = None,
+        parallel: int = 1,
     ) -> None:
         self.rounds = _positive("rounds", rounds)
         self.local_epochs = _positive("local_epochs", local_epochs)
@@ -123,6 +126,7 @@ class Federation:
         self.client_callbacks = client_callbacks or []
         self.local_baseline = local_baseline
         self.threads = threads if threads is None else _positive("threads", threads)
+        self.parallel = _positive("parallel", parallel)
         self._check_rules()
 
     def _check_rules(self) -> None:

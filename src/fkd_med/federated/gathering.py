@@ -5,22 +5,22 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import torch
-
 from fkd_med.aggregation.firewall import change_norm, extra_sizes
-from fkd_med.communication import Broadcast, Update
-from fkd_med.errors import TrainingError
+from fkd_med.communication import Broadcast
+from fkd_med.errors import ConfigError, TrainingError
 from fkd_med.federated.absences import Absence, Absences, Kind
+from fkd_med.federated.chaos import Event
 from fkd_med.federated.client import ClientWorker
+from fkd_med.federated.crew import Crew
 from fkd_med.federated.exchange import Exchange
 from fkd_med.federated.federation import Federation
-from fkd_med.federated.journal import Journal
+from fkd_med.federated.handover import RoundStart
+from fkd_med.federated.part import ClientPart
 from fkd_med.federated.progress import Reporter
-from fkd_med.ranks import is_first_rank
 
 
 class Gathering:
-    """Asks the clients of a round, one after the other, and keeps the book of those whose update is missing.
+    """Asks the clients of a round, in the order of their names, and keeps the book of those whose update is missing.
 
     Args:
         federation: the round recipe: quorum, firewall, simulated trouble.
@@ -29,15 +29,17 @@ class Gathering:
         absences: the book.
         reporter: where absences are told.
         can_go_on: whether a client's failure may be survived; with several devices, the others would wait for it.
+        crew: trains clients side by side; None trains them here, one after the other.
     """
 
     def __init__(
         self, federation: Federation, worker: ClientWorker, exchange: Exchange, absences: Absences, reporter: Reporter,
-        can_go_on: bool,
+        can_go_on: bool, crew: Crew | None = None,
     ) -> None:  # fmt: skip
-        self.federation, self.worker, self.exchange = federation, worker, exchange
+        self.federation, self.exchange, self.crew = federation, exchange, crew
         self.absences, self.reporter, self.can_go_on = absences, reporter, can_go_on
-        self.journal = Journal(exchange, worker)
+        self.part = ClientPart(worker, exchange)
+        self.journal = self.part.journal
         self.metrics: dict[str, float] = {}
         """What the clients of the round measured, as ``<client>/<metric>``."""
 
@@ -55,56 +57,63 @@ class Gathering:
             self._miss(broadcast.round, client, "failed", str(error))
             return None
 
+    def ask(self, chosen: list[str], broadcast: Broadcast) -> None:
+        """Let the clients of a round train side by side, if they are to; `update_of` then waits for each."""
+        if self.crew is not None:
+            server = {name: tensor.detach().cpu() for name, tensor in self.part.worker.module.state_dict().items()}
+            start = RoundStart(broadcast, server, dict(self.part.states.versions))
+            self.crew.ask([client for client in chosen if self._trains(client, broadcast)], start)
+
+    def _trains(self, client: str, broadcast: Broadcast) -> bool:
+        event = self.part.event(client, broadcast.round)
+        return event == "late" or (event == "fine" and self.journal.find(client, broadcast) is None)
+
     def _received(self, client: str, broadcast: Broadcast) -> Path | None:
-        chaos, round, seed = self.federation.chaos, broadcast.round, self.worker.seed
-        event = chaos.happens(client, seed, round) if chaos is not None else "fine"
+        round = broadcast.round
+        event = self.part.event(client, round)
         if event == "dropout":
             self._miss(round, client, "dropout")
             return None
         if event == "fail":
             raise TrainingError(f"Client {client}: simulated failure in round {round} (federation.chaos).")
-        found = self.journal.find(client, broadcast)
-        if found is not None and event == "fine":
-            return self._found(client, round, found)
-        try:
-            update = self.worker.fit(client, broadcast)
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                f"Client {client} ran out of device memory in round {round}: lower data.batch_size or "
-                "data.image_size, or set trainer.precision to bf16-mixed."
-            ) from error
-        if event == "late" and chaos is not None:
-            time.sleep(chaos.seconds)
+        if self.crew is not None and client in self.crew:
+            path = self._beside(self.crew, client, broadcast, event)
+        else:
+            found = self.journal.find(client, broadcast)
+            if found is not None and event == "fine":
+                return self._found(client, round, found)
+            path = self.part.do(client, broadcast, self._measured)
+        if event == "late" and self.federation.chaos is not None:
+            time.sleep(self.federation.chaos.seconds)
             self._miss(round, client, "late")
             return None
-        self._measured(client, update.metrics)
-        path = self.worker.states.path(client, round)
-        if not self.federation.is_local:
-            path = self._sent(update if chaos is None else chaos.corrupt(update, broadcast, seed), broadcast)
-        self.journal.note(client, broadcast, update.metrics)
         return path
+
+    def _beside(self, crew: Crew, client: str, broadcast: Broadcast, event: Event) -> Path | None:
+        """Take a client's update from the process that trains it; it counts as one that the journal names."""
+        outcome = crew.wait(client)
+        self._measured(client, outcome.metrics)
+        if outcome.error is not None:
+            raise outcome.error
+        if event == "late":
+            return None
+        if self.journal.find(client, broadcast) is None:
+            raise ConfigError(
+                f"federation.parallel: what the process of client {client} has trained is not what this run asked for "
+                f"(round {broadcast.round}): a part of the model, the data or the rules does not arrive there as it "
+                "is here. Set federation.parallel: 1."
+            )
+        return self.part.done(client, broadcast.round)
 
     def _found(self, client: str, round: int, metrics: dict[str, float]) -> Path:
         """Take a client's update as it came before the run was interrupted."""
         what = "training" if self.federation.is_local else "update"
         self.reporter.line(f"round {round}: {what} of {client} found in the journal")
         self._measured(client, metrics)
-        if self.federation.is_local:
-            return self.worker.states.path(client, round)
-        return self.exchange.count_again(client, round)
+        return self.part.done(client, round)
 
     def _measured(self, client: str, metrics: dict[str, float]) -> None:
         self.metrics |= {f"{client}/{name}": value for name, value in metrics.items()}
-
-    def _sent(self, update: Update, broadcast: Broadcast) -> Path:
-        """Send an update; what its packing could not send stays with the client, as part of the state it leads to."""
-        states, client = self.worker.states, update.client
-        path, residual = self.exchange.receive(update, broadcast, states.load(client).residual)
-        if residual and is_first_rank():
-            after = states.read(client, update.round)
-            after.residual = residual
-            states.save(client, update.round, after)
-        return path
 
     def usable(self, broadcast: Broadcast, files: dict[str, Path]) -> dict[str, Path]:
         """Set harmful updates aside; return the files of the others."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -90,3 +91,13 @@ def release(trainer: L.Trainer) -> None:
     for loop in (trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop):
         loop._data_source.instance = None
     trainer.predict_loop._data_source.instance = None
+
+
+@contextmanager
+def serving(module: L.LightningModule) -> Iterator[None]:
+    """Keep the server's module from building an optimizer that nobody would use."""
+    module.configure_optimizers = lambda: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        module.__dict__.pop("configure_optimizers", None)

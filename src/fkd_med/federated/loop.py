@@ -20,6 +20,7 @@ from fkd_med.federated.absences import Absences
 from fkd_med.federated.client import ClientWorker
 from fkd_med.federated.client_data import ClientData, client_data
 from fkd_med.federated.client_state import ClientStates
+from fkd_med.federated.crew import Crew
 from fkd_med.federated.exchange import Exchange
 from fkd_med.federated.federation import Federation
 from fkd_med.federated.gathering import Gathering
@@ -77,6 +78,7 @@ class FederatedLoop(_FitLoop):
         self.epoch_loop: RoundLoop = RoundLoop(trainer)
         self.federation = federation
         self.metrics: dict[str, float] = {}
+        self.crew: Crew | None = None
         self._restored: dict[str, Any] = {}
         self._worker: ClientWorker | None = None
 
@@ -124,8 +126,9 @@ class FederatedLoop(_FitLoop):
             reporter=trainer.reporter,
             prepare=trainer.attach_teacher,
         )
+        self.crew = Crew.of(self._worker, self.exchange, trainer.maps, trainer.strategy.root_device)
         self.gathering = Gathering(
-            self.federation, self._worker, self.exchange, absences, trainer.reporter, trainer.world_size == 1
+            self.federation, self._worker, self.exchange, absences, trainer.reporter, trainer.world_size == 1, self.crew
         )
         self.exchange.forget(self.round - 1 if self._restored or trainer.goes_on else None)
         trainer.ensure_teachers(self.clients, ledger)
@@ -161,6 +164,7 @@ class FederatedLoop(_FitLoop):
         chosen = self._choose(round)
         self.max_batches = len(chosen)
         broadcast = self._broadcast(round, chosen)
+        self.gathering.ask(chosen, broadcast)
         files = {client: self._fit(index, client, broadcast) for index, client in enumerate(chosen)}
         self.trainer.strategy.barrier("updates")
         usable = self.gathering.usable(broadcast, {client: path for client, path in files.items() if path is not None})

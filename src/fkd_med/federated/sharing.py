@@ -74,13 +74,18 @@ class TeacherExchange:
         folder: Path,
         ledger: Ledger,
         writes: bool = True,
-        barrier: Callable[[], Any] = lambda: None,
+        barrier: Callable[[], Any] | None = None,
     ) -> None:
         assert architecture is not None  # see check_consent
         self.allowed = AllowList(architecture.state_dict(), whose="teacher")
-        self.folder, self.ledger, self.writes, self.barrier = folder, ledger, writes, barrier
+        self.folder, self.ledger, self.writes = folder, ledger, writes
+        self.barrier = barrier or _wait_for_nobody
         self._counts = not ledger.total(section=TEACHER)
         self._digests: dict[str, str] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Go to another process of this run, which only receives."""
+        return vars(self) | {"ledger": Ledger(), "writes": False, "barrier": _wait_for_nobody}
 
     def send(self, client: str, partners: list[str], teacher: nn.Module) -> None:
         """Send a client's teacher up, and from the server down to its partners.
@@ -145,6 +150,10 @@ class TeacherExchange:
         if not isinstance(message, Update) or message.client != client:
             raise TrainingError(f"What came as the teacher of client {client} is another's. Start the run again.")
         return message.state
+
+
+def _wait_for_nobody() -> None:
+    """Return at once: there are no other ranks."""
 
 
 def _check_finite(client: str, state: State) -> None:

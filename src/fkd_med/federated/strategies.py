@@ -48,3 +48,16 @@ def check_batch_norm(trainer: L.Trainer, sync_batchnorm: Any) -> None:
             "trainer.sync_batchnorm needs GPUs: remove it. Each process then normalises its own part of a batch, and "
             "in a federation the statistics are averaged after each client's training."
         )
+
+
+def check_parallel(trainer: L.Trainer, parallel: int) -> None:
+    """Refuse clients side by side whose training takes several devices each.
+
+    Raises:
+        ConfigError: names both keys.
+    """
+    if parallel > 1 and trainer.world_size > 1:
+        raise ConfigError(
+            f"federation.parallel is {parallel}, and a client's training takes {trainer.world_size} devices "
+            "(trainer.devices, trainer.num_nodes): set trainer.devices: 1, or federation.parallel: 1."
+        )

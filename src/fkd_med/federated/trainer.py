@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +13,14 @@ from fkd_med.checkpoints import LastCheckpoint, SafeCheckpointIO, checkpoint_dig
 from fkd_med.communication import Ledger
 from fkd_med.distillation import TeacherMaps, sample_image
 from fkd_med.errors import ConfigError
+from fkd_med.federated.client import give_teacher
 from fkd_med.federated.federation import Federation
-from fkd_med.federated.inner import as_list, inner_flags, leave_sigterm
+from fkd_med.federated.inner import as_list, inner_flags, leave_sigterm, serving
 from fkd_med.federated.loop import FederatedLoop
 from fkd_med.federated.progress import Reporter
 from fkd_med.federated.quiet import quiet
 from fkd_med.federated.sharing import TeacherExchange, check_consent
-from fkd_med.federated.strategies import check_batch_norm, check_strategy
+from fkd_med.federated.strategies import check_batch_norm, check_parallel, check_strategy
 from fkd_med.modules import DistillationModule, TeacherSource
 from fkd_med.modules.teacher_cache import Surroundings, ensure_maps
 from fkd_med.rundir import RunDir
@@ -63,12 +62,13 @@ class FederatedTrainer(L.Trainer):
         kwargs["plugins"] = [*as_list(kwargs.get("plugins")), SafeCheckpointIO()]
         super().__init__(*args, **kwargs)
         check_batch_norm(self, kwargs.get("sync_batchnorm"))
+        check_parallel(self, 1 if federation is None else federation.parallel)
         leave_sigterm(self)
         # A trial run must not touch the run that may lie in its folder.
         self.run_dir = RunDir(f"{self.default_root_dir}.fast-dev-run" if self.fast_dev_run else self.default_root_dir)
         self.goes_on = False  # without a checkpoint, with the journal of a first round that was interrupted
         self.reporter = Reporter()
-        self._maps: dict[str, TeacherMaps] = {}
+        self.maps: dict[str, TeacherMaps] = {}  # of the clients' teachers
         self._named_states: dict[str, set[tuple[str, int]]] = {}  # by checkpoint
         if federation is not None:
             self.fit_loop = FederatedLoop(self, federation)
@@ -103,6 +103,8 @@ class FederatedTrainer(L.Trainer):
             with serving(model), quiet():
                 super().fit(model, *args, **kwargs)
         finally:
+            if isinstance(self.fit_loop, FederatedLoop) and self.fit_loop.crew is not None:
+                self.fit_loop.crew.stop()
             if hasattr(self.datamodule, "teacher_maps"):  # the next fit with these data may have other teachers
                 self.datamodule.teacher_maps = None
             if self.fast_dev_run and self.is_global_zero:
@@ -188,7 +190,7 @@ class FederatedTrainer(L.Trainer):
         for client in clients:
             maps = ensure_maps(source, client, data, module.teacher_taps, around, module.teacher_views)
             if maps is not None:
-                self._maps[client] = maps
+                self.maps[client] = maps
         self.reporter.end()
 
     def teacher_options(self) -> dict[str, Any]:
@@ -205,8 +207,7 @@ class FederatedTrainer(L.Trainer):
 
     def attach_teacher(self, module: L.LightningModule, client: str) -> None:
         """Give a client's copy of the module that client's teacher."""
-        if isinstance(module, DistillationModule) and module.active_losses and module.teacher_source is not None:
-            module.learn_from(client, self.datamodule, self._maps.get(client))
+        give_teacher(module, client, self.datamodule, self.maps)
 
     def _log_teacher(self, metrics: dict[str, float], epoch: int) -> None:
         for logger in self.loggers:
@@ -235,13 +236,3 @@ class FederatedTrainer(L.Trainer):
             stored = loops.get("fit_loop", {}).get("state_dict", {}).get("federation", {})
             self._named_states[key] = set(stored.get("client_states", {}).items())
         return self._named_states[key]
-
-
-@contextmanager
-def serving(module: L.LightningModule) -> Iterator[None]:
-    """Keep the server's module from building an optimizer that nobody would use."""
-    module.configure_optimizers = lambda: None  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        module.__dict__.pop("configure_optimizers", None)

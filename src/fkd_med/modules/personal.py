@@ -39,6 +39,14 @@ class PersonalTensors:
         new.keeps_best = self.keeps_best
         return new
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Go to another process together with the module."""
+        return vars(self) | {"_owner": self._module}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Belong to the module that came along."""
+        vars(self).update(state | {"_owner": weakref.ref(state["_owner"])})
+
     @property
     def _module(self) -> nn.Module:
         module = self._owner()

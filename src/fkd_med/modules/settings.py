@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -44,3 +45,16 @@ class SharedCallable:
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedCallable:
         """Return the same object."""
         return self
+
+    def __reduce__(self) -> tuple[type[SharedCallable], tuple[Callable[..., Any]]]:
+        """Go to another process without the parser."""
+        return SharedCallable, (_without_parser(self.function),)
+
+
+def _without_parser(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what the command line built from a class and its arguments as just that; anything else as it is."""
+    if isinstance(function, partial) and getattr(function.func, "__module__", "").startswith("jsonargparse."):
+        _, *given = function.args  # first what makes objects of modules, which optimizers and schedulers are not
+        if given and isinstance(given[0], type):
+            return partial(given[0], *given[1:], **function.keywords)
+    return function
