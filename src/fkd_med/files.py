@@ -58,6 +58,14 @@ def write_error(path: Path, error: OSError) -> RunError:
     return RunError(f"Cannot write {path}: {error.strerror or error}. {remedy}, then run again.")
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, unless they are there; RunError when the system refuses."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
+
+
 @contextmanager
 def atomic_writer(path: str | Path) -> Iterator[BinaryIO]:
     """Give a file to write and read; at the end of the block it takes the place of `path`, durably and at once.

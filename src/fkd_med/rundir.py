@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fkd_med.communication.messages import check_client_name
 from fkd_med.errors import RunError
-from fkd_med.files import LEFTOVER, append_text, atomic_write_bytes, atomic_write_text, remove_leftovers, write_error
+from fkd_med.files import LEFTOVER, append_text, atomic_write_bytes, atomic_write_text, make_folder, remove_leftovers
 from fkd_med.locks import Holder, holder_of, locked
 
 __all__ = ["RunDir", "append_text", "atomic_write_bytes", "atomic_write_text"]
@@ -183,7 +183,7 @@ class RunDir:
         with self._nothing_half_made():
             atomic_write_text(self.path / _MARKER, json.dumps({"format": "fkd-med run", "version": 1}) + "\n")
             for folder in _FOLDERS:
-                _make(self.path / folder)
+                make_folder(self.path / folder)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -194,7 +194,7 @@ class RunDir:
         """
         self._refuse_strangers()
         with self._nothing_half_made():
-            _make(self.path)
+            make_folder(self.path)
             with locked(self.path / _LOCK, f"The run {self.path}"):
                 yield
 
@@ -262,13 +262,6 @@ class RunDir:
 def _foreign(names: Iterable[str]) -> set[str]:
     """The names that are neither a lock nor what a killed write left."""
     return {name for name in names if name != _LOCK and not LEFTOVER.fullmatch(name)}
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(folder, error) from error
 
 
 def _remove_empty(folder: Path) -> None:

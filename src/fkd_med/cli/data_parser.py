@@ -41,5 +41,6 @@ def build_data(config: Namespace) -> FederatedDataModule:
     only_data.add_subclass_arguments(FederatedDataModule, "data")
     data: FederatedDataModule = only_data.instantiate_classes(Namespace(data=config.data)).data
     # Plain training pools the clients, so that none needs to fill a batch alone; the data module asks its trainer.
-    data.trainer = SimpleNamespace(federation=config.federation, world_size=1, global_rank=0, accelerator=None)  # type: ignore[assignment]
+    stand_in: Any = SimpleNamespace(federation=config.federation, world_size=1, global_rank=0, accelerator=None)
+    data.trainer = stand_in
     return data

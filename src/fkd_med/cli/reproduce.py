@@ -14,7 +14,7 @@ from rich.console import Console
 from fkd_med.cli.console import wide_console
 from fkd_med.cli.signals import TERMINATED
 from fkd_med.errors import ConfigError
-from fkd_med.files import write_error
+from fkd_med.files import make_folder
 from fkd_med.locks import locked
 from fkd_med.study import Job, Selection, Study, Tables, Tally, jobs_of, read_outcomes, run_jobs
 from fkd_med.study.report import write_report
@@ -41,7 +41,7 @@ def reproduce(arguments: list[str]) -> None:
     jobs = jobs_of(study, preset, Path(given.config).resolve().parent, output, selection)
     console = wide_console(140)
     tally = Tally(left=[job for job in jobs if not job.finished])
-    _make(output)
+    make_folder(output)
     if not given.tables:  # tables may be looked at while the study runs
         with locked(output / ".fkd-study-lock", f"The study {output}"):
             tally = run_jobs(jobs, console, given.minutes)
@@ -104,13 +104,6 @@ def _end(tally: Tally, only_tables: bool, console: Console) -> None:
     if tally.left and not only_tables:
         console.print(f"Time is up; {len(tally.left)} runs are left. The same command goes on.", markup=False)
         sys.exit(TERMINATED)
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(folder, error) from error
 
 
 def _roots(pairs: list[str] | None) -> dict[str, str]:

@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from fkd_med.errors import DataError
 
@@ -108,8 +109,8 @@ def _ends_well(path: Path, kind: str | None) -> bool:
 def _header(image: Image.Image) -> Header:
     width, height = image.size
     tag = 1
-    if image.format == "TIFF":  # Pillow's versions differ in whether `size` already follows the tag
-        tags: Any = image.tag_v2  # type: ignore[attr-defined]
+    if isinstance(image, TiffImageFile):  # Pillow's versions differ in whether `size` already follows the tag
+        tags: Any = image.tag_v2
         width, height, tag = tags.get(256, width), tags.get(257, height), tags.get(_ORIENTATION, 1)
     elif "exif" in image.info:  # getexif() alone would decode the whole of a PNG
         tag = image.getexif().get(_ORIENTATION, 1)
@@ -154,7 +155,7 @@ def _check_shape(path: Path, image: Image.Image) -> None:
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format in ("TIFF", "GIF", "WEBP", "PNG"):
         raise DataError(f"{path}: holds {frames} pictures. Save the one to use, or each, as a file of its own.")
-    if image.format == "TIFF" and ";16" in _raw_mode(image) and image.tag_v2.get(262) == 0:  # type: ignore[attr-defined]
+    if isinstance(image, TiffImageFile) and ";16" in _raw_mode(image) and image.tag_v2.get(262) == 0:
         raise DataError(f"{path}: a 16-bit TIFF whose 0 is white is not read. Save it with 0 as black.")
 
 

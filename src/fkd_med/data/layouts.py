@@ -11,6 +11,7 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import ClassVar
 
 from fkd_med.data.pairing import OnMissing, find_images, pair, read_clients, report_missing, with_sites
 from fkd_med.data.records import Record, listing
@@ -114,7 +115,7 @@ class ChestXrayMasks(Layout):
     Source: Jaeger et al. 2014, Quantitative Imaging in Medicine and Surgery 4(6).
     """
 
-    _HOSPITALS = {"CHNCXR": "shenzhen", "MCUCXR": "montgomery"}  # noqa: RUF012 - read only
+    _HOSPITALS: ClassVar[dict[str, str]] = {"CHNCXR": "shenzhen", "MCUCXR": "montgomery"}
 
     def records(self, root: Path, on_missing: OnMissing = "error") -> list[Record]:
         """Return the set's records, sorted by id. See `Layout.records`."""

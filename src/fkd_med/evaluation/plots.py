@@ -37,7 +37,7 @@ class Curve:
 
 def plot_rounds(curves: Mapping[str, Curve], path: Path) -> None:
     """Write the plot of validation Dice over rounds; dotted, the worst hospital."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     for i, curve in enumerate(curves.values()):
         _line(axes, curve.rounds, curve, i)
     axes.set_xlabel("round")
@@ -47,7 +47,7 @@ def plot_rounds(curves: Mapping[str, Curve], path: Path) -> None:
 
 def plot_bytes(curves: Mapping[str, Curve], path: Path) -> None:
     """Write the plot of validation Dice over megabytes sent; an arm that sent nothing is a level line at its best."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     for i, curve in enumerate(curves.values()):
         if curve.megabytes and curve.megabytes[-1] > 0:
             _line(axes, curve.megabytes, curve, i)
@@ -64,8 +64,9 @@ def plot_bytes(curves: Mapping[str, Curve], path: Path) -> None:
     _finish(figure, axes, names, path)
 
 
-def _figure() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+def new_figure(width: float = 8, height: float = 4.5) -> tuple[Figure, Axes]:
+    """Return a figure of so many inches and its axes, in our looks; `save_figure` writes it."""
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.9")
@@ -97,5 +98,10 @@ def _finish(figure: Figure, axes: Axes, names: Sequence[str], path: Path) -> Non
     if len(lines) < len(axes.get_lines()):
         corner = axes.transAxes
         axes.text(1, 0.02, "dotted: worst hospital", transform=corner, ha="right", va="bottom", fontsize=9, color="0.4")
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
     with atomic_writer(path) as file:
         figure.savefig(file, format="png")

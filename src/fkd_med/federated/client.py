@@ -24,7 +24,7 @@ from fkd_med.federated.progress import LossOnBar, Reporter
 from fkd_med.federated.quiet import quiet
 from fkd_med.modules import DistillationModule
 from fkd_med.modules.personal import merge
-from fkd_med.modules.schedule import RunClock
+from fkd_med.modules.schedule import RunClock, set_clock
 from fkd_med.ranks import is_first_rank, mean_of_ranks
 from fkd_med.seeding import seeded
 
@@ -136,7 +136,7 @@ class ClientWorker:
             if companions is not None:
                 companions.load_tensors(before.companions)
             loader = self.data.client_train_dataloader(client, broadcast.round)
-            worker.clock = self._clock(broadcast.round, loader)  # type: ignore[assignment]
+            set_clock(worker, self._clock(broadcast.round, loader))
             keeper, rate = KeepOptimizers(before, self.federation.optimizer_state == "keep"), LearningRateNote()
             trainer = self._trainer(client, broadcast.round, [keeper, rate, *rules])
             trainer.fit(worker, loader)

@@ -6,7 +6,7 @@ The only file that imports private Lightning names; ``tests/federated/test_light
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 from lightning.pytorch.loops.fit_loop import _FitLoop
@@ -28,6 +28,7 @@ from fkd_med.federated.personal_state import show_personal
 from fkd_med.federated.restoring import federation_state, restore
 from fkd_med.federated.server_distillation import distilled
 from fkd_med.modules import RunClock
+from fkd_med.modules.schedule import set_clock
 from fkd_med.seeding import global_seed
 
 if TYPE_CHECKING:
@@ -144,8 +145,7 @@ class FederatedLoop(_FitLoop):
 
     @property
     def _federated_trainer(self) -> FederatedTrainer:
-        trainer: FederatedTrainer = self.trainer  # type: ignore[assignment]
-        return trainer
+        return cast("FederatedTrainer", self.trainer)
 
     def _state(self) -> State:
         """Copy the global student's tensors to the CPU."""
@@ -207,7 +207,7 @@ class FederatedLoop(_FitLoop):
         """
         self.epoch_loop.close_round()
         self._log(round)
-        self.server.clock = RunClock(round=round)  # type: ignore[assignment]
+        set_clock(self.server, RunClock(round=round))
         for client in chosen:
             self.states.accept(client, round)
         if self.federation.policy.staying(self.server):
@@ -275,7 +275,7 @@ class FederatedLoop(_FitLoop):
                 "with its own configuration, or start a federated run without --ckpt_path."
             )
         self._restored = state_dict["federation"]
-        if self._restored["round"] > self.epoch_progress.current.processed:  # type: ignore[attr-defined]
+        if self._restored["round"] >= self.round:
             # Written during the evaluation after a round, which Lightning takes for the middle of an epoch: the round
             # is closed, so neither train it again nor go back into it.
             self.epoch_progress.increment_processed()

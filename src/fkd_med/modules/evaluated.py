@@ -8,7 +8,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from fkd_med.data.geometry import undo
+from fkd_med.data.geometry import ResizeMode, undo
 from fkd_med.evaluation import ImageRow, score_image, summarize
 from fkd_med.losses import supervised_loss
 from fkd_med.modules.personal import PersonalTensors
@@ -33,7 +33,7 @@ class EvaluatedModule(LightningModule):
         super().__init__()
         self.clock = RunClock()
         self.arm = self.model_name = ""  # the names under which rows stand in images.csv
-        self.resize = "stretch"
+        self.resize: ResizeMode = "stretch"
         self.evaluated: list[ImageRow] = []
         self._rows: list[ImageRow] = []
         self._losses: list[float] = []
@@ -65,8 +65,8 @@ class EvaluatedModule(LightningModule):
         logits = self(batch["image"]).detach().float()
         for index in range(len(logits)):
             if "original" in batch:
-                size = tuple(int(n) for n in batch["size"][index])
-                restored = undo(logits[index], size, self.resize)  # type: ignore[arg-type]
+                height, width = (int(n) for n in batch["size"][index])
+                restored = undo(logits[index], (height, width), self.resize)
                 truth = batch["original"][index]
             else:
                 restored, truth = logits[index], batch["mask"][index]

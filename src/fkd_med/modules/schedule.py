@@ -11,7 +11,7 @@ import warnings
 from dataclasses import dataclass
 from functools import partial
 
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -38,6 +38,11 @@ class RunClock:
     def progress(self) -> float:
         """The share of the run that has passed: 0 in the first round, 1 in the last."""
         return min(1.0, (self.round - 1) / (self.rounds - 1)) if self.round > 0 and self.rounds > 1 else 0.0
+
+
+def set_clock(module: LightningModule, clock: RunClock) -> None:
+    """Tell a module, ours or a user's own, where its training stands: its attribute `clock`, in no state dict."""
+    vars(module)["clock"] = clock  # what nn.Module does with anything but tensors and modules
 
 
 class WarmupCosine(LambdaLR):

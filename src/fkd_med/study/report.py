@@ -7,14 +7,12 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from fkd_med.evaluation.intervals import Interval
-from fkd_med.evaluation.plots import COLOURS
+from fkd_med.evaluation.plots import COLOURS, new_figure, save_figure
 from fkd_med.evaluation.summary import summarize
-from fkd_med.files import atomic_write_text, atomic_writer
+from fkd_med.files import atomic_write_text
 from fkd_med.study.intervals import nested_bootstrap, samples
 from fkd_med.study.tables import Tables
 
@@ -81,7 +79,7 @@ def _draw_differences(tables: Tables, path: Path) -> None:
                 lines.append((place, name, COLOURS[number % len(COLOURS)], nested_bootstrap(found)))
                 place -= 1.0
         place -= 0.5
-    figure, axes = _figure(1.2 + 0.3 * len(lines))
+    figure, axes = new_figure(9, 1.2 + 0.3 * len(lines))
     for place, _, colour, interval in lines:
         axes.plot([100 * interval.low, 100 * interval.high], [place, place], color=colour, linewidth=2)
         axes.plot([100 * interval.estimate], [place], "o", color=colour, markersize=5)
@@ -89,12 +87,12 @@ def _draw_differences(tables: Tables, path: Path) -> None:
     axes.set_yticks([line[0] for line in lines], [line[1] for line in lines])
     axes.set_ylim(lines[-1][0] - 0.6, 0.6)
     axes.set_xlabel("Dice points, image by image; 95 % over seeds and images")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_bytes(tables: Tables, path: Path) -> None:
     """Draw each arm's Dice over what it sent; arms that send nothing stand at the left."""
-    figure, axes = _figure(4.5)
+    figure, axes = new_figure(9)
     for number, arm in enumerate(tables.study.arms):
         points = [outcome for cell in tables.cells() if (outcome := tables.outcome(cell, arm)).rows]
         dice = [nested_bootstrap(samples(o.rows), draws=1).estimate for o in points]
@@ -108,18 +106,4 @@ def _draw_bytes(tables: Tables, path: Path) -> None:
     axes.set_xlabel("megabytes sent in the whole run, all hospitals, up and down")
     axes.set_ylabel(f"{tables.split} Dice, mean of hospitals")
     figure.legend(frameon=False, loc="outside upper left", ncols=3)
-    _save(figure, path)
-
-
-def _figure(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(9, height), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="both", color="0.92")
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with atomic_writer(path) as file:
-        figure.savefig(file, format="png")
+    save_figure(figure, path)

@@ -105,11 +105,12 @@ def run_process(arguments: list[str], seconds: float | None) -> int | None:
 def _time_left(jobs: Sequence[Job], tally: Tally) -> str:
     """Say how long the rest may take, from finished runs of the same arm, or of any where there is none."""
     known = [(job.arm, job.data, float(job.note().get("seconds", 0.0))) for job in tally.done]
+    over = {job.name for job in tally.done} | set(tally.failed)
     if not known:
         return ""
     total = 0.0
     for job in jobs:
-        if job.finished or job.name in tally.failed:
+        if job.name in over:
             continue
         alike = [s for arm, data, s in known if (arm, data) == (job.arm, job.data)]
         alike = alike or [s for arm, _, s in known if arm == job.arm] or [s for *_, s in known]

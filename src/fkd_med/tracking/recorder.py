@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from fkd_med.evaluation import ImageTable, panel
 from fkd_med.modules import RunClock, SegmentationModule, predict_classes
+from fkd_med.modules.schedule import set_clock
 
 
 class ImageRecorder(L.Callback):
@@ -42,7 +43,7 @@ class ImageRecorder(L.Callback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Outside a federation, epochs take the place of rounds."""
         if getattr(trainer, "federation", None) is None and trainer.state.fn == "fit":
-            pl_module.clock = RunClock(round=trainer.current_epoch + 1)  # type: ignore[assignment]
+            set_clock(pl_module, RunClock(round=trainer.current_epoch + 1))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Append the rows of this validation."""
@@ -58,7 +59,8 @@ class ImageRecorder(L.Callback):
         self._write(trainer, pl_module)
 
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero and isinstance(pl_module, SegmentationModule) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        is_trial = getattr(trainer, "fast_dev_run", False)
+        if trainer.is_global_zero and isinstance(pl_module, SegmentationModule) and not is_trial:
             ImageTable.append(self.path, pl_module.evaluated)
 
     def _show_panels(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -74,7 +76,7 @@ class ImageRecorder(L.Callback):
 
 def _panels(trainer: L.Trainer, module: SegmentationModule) -> Iterator[tuple[Any, NDArray[np.uint8]]]:
     """Yield the first validation image of each hospital with truth and student drawn on it."""
-    data = trainer.datamodule  # type: ignore[attr-defined]
+    data: Any = getattr(trainer, "datamodule", None)
     info = data.export_info()
     for client in data.client_names():
         dataset = data.client_val_dataloader(client).dataset
