@@ -174,7 +174,7 @@ def test_impossible_fractions(val: float, test: float) -> None:
 
 def on_disk(tmp_path: Path, records: list[Record], **changes: str) -> list[Record]:
     (tmp_path / "i.png").write_bytes(b"i")
-    return [Record(r.id, tmp_path / "i.png", None, r.client, r.patient, r.split) for r in records]
+    return [Record(r.id, tmp_path / "i.png", tmp_path / "i.png", r.client, r.patient, r.split) for r in records]
 
 
 def test_manifest_never_parts_a_patient(tmp_path: Path) -> None:
@@ -198,8 +198,8 @@ def test_one_hospitals_split_does_not_depend_on_another(tmp_path: Path) -> None:
 
 
 def given(splits: dict[str, str | None], tmp_path: Path) -> list[Record]:
-    (tmp_path / "i.png").write_bytes(b"i")
-    return [Record(i, tmp_path / "i.png", None, "a", i.split("-")[0], split) for i, split in splits.items()]
+    (image := tmp_path / "i.png").write_bytes(b"i")
+    return [Record(i, image, image, "a", i.split("-")[0], split) for i, split in splits.items()]
 
 
 def test_a_given_split_wins(tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from fkd_med.communication import Broadcast
+from fkd_med.distillation.views import of_views
 from fkd_med.errors import ConfigError
 from fkd_med.federated import ClientWorker, Federation, GlobalDistillation
 from fkd_med.federated.client_state import ClientStates
+from fkd_med.losses import Ramp, logit_kl
 from fkd_med.modules import SegmentationModule
 
 
@@ -58,6 +60,92 @@ def test_it_is_a_divergence_from_the_round_s_first_student(fed, tmp_path, classe
     assert update.state.keys() == plain.state.keys(), "the copy does not travel"
 
 
+def test_the_teacher_is_a_decaying_mean_of_global_students_that_stays_with_the_client(fed, tmp_path) -> None:
+    module, states = fed.student(), ClientStates(tmp_path)
+    rule = GlobalDistillation(memory=0.75)
+    worker = ClientWorker(
+        module, fed.Hospitals(), Federation(client_rules=[rule]), {"accelerator": "cpu", "devices": 1}, 7, states,
+        fed.silent(),
+    )  # fmt: skip
+    sent = [fed.weights(fed.student()) for _ in range(3)]
+    for place, state in enumerate(sent):
+        for tensor in state.values():
+            if tensor.is_floating_point():
+                tensor += place
+    wanted: dict[str, torch.Tensor] = {}
+    for round, state in enumerate(sent, 1):
+        update = worker.fit("c", Broadcast(round, state))
+        states.accept("c", round)
+        wanted = {
+            name: tensor if not tensor.is_floating_point() else 0.75 * wanted.get(name, tensor) + 0.25 * tensor
+            for name, tensor in state.items()
+        }
+        kept = states.load("c").rules["GlobalDistillation"]
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(kept[name], tensor, msg=name)
+        assert update.extras == {} and update.state.keys() == sent[0].keys()
+
+
+def test_its_mean_and_its_views_are_what_the_student_learns_from(fed, tmp_path) -> None:
+    """The term of the first batch by hand: the mean of eight views of the averaged network."""
+    module = fed.student()
+    rule = GlobalDistillation(weight=2.0, temperature=1.0, memory=0.5, views=8)
+    now = fed.weights(module)
+    before = {n: t + 0.1 if t.is_floating_point() else t for n, t in now.items()}
+    rule.begin(Broadcast(2, now), before)
+    copied = copy.deepcopy(module).train()
+    rule.on_train_start(None, copied)  # type: ignore[arg-type]
+    batch = next(iter(fed.Hospitals().client_train_dataloader("c", 2)))
+    terms = copied.loss_terms(batch)
+    averaged = copy.deepcopy(module.network)
+    averaged.load_state_dict({n.removeprefix("network."): (now[n] + before[n]) / 2 if now[n].is_floating_point() else
+                              now[n] for n in now})  # fmt: skip
+    with torch.no_grad():
+        taught = of_views(averaged.eval(), 8)(batch["image"])
+    with torch.no_grad():
+        own = copy.deepcopy(module).train()(batch["image"])
+    torch.testing.assert_close(terms["global_kd"].detach(), 2.0 * logit_kl(own, taught, 1.0))
+    rule.on_train_end(None, copied)  # type: ignore[arg-type]
+    assert "loss_terms" not in vars(copied) and not copied.network._forward_hooks
+
+
+def test_it_can_begin_later_in_the_run(fed, tmp_path) -> None:
+    rule = GlobalDistillation(schedule=Ramp(0.0, 1.0, 0.5, 0.5))
+    trainer = fed.trainer(tmp_path, Federation(rounds=3, client_rules=[rule]))
+    trainer.fit(fed.student(), datamodule=fed.Hospitals())
+    told = [row for row in (tmp_path / "metrics.csv").read_text().splitlines() if "a/train/global_kd" in row]
+    assert trainer.fit_loop.metrics["a/train/global_kd"] > 0 and len(told) == 2  # the head aside: rounds 2 and 3
+
+
+def test_images_without_a_mask_are_learned_from(fed, tmp_path) -> None:
+    class HalfLabelled(fed.Hospitals):
+        def client_train_dataloader(self, client, round=0):
+            loader = super().client_train_dataloader(client, round)
+            collate = loader.collate_fn
+
+            def hide(items):
+                batch = collate(items)
+                batch["labelled"] = [place % 2 == 0 for place in range(len(items))]
+                batch["mask"][1::2] = -1
+                return batch
+
+            loader.collate_fn = hide
+            return loader
+
+    flags = {"accelerator": "cpu", "devices": 1}
+
+    def trained(data, *rules):
+        worker = ClientWorker(
+            fed.student(), data, Federation(client_rules=list(rules)), flags, 7,
+            ClientStates(tmp_path / str(len(list(tmp_path.iterdir())))), fed.silent(),
+        )  # fmt: skip
+        return worker.fit("c", Broadcast(1, fed.weights(worker.module)))
+
+    without, taught = trained(HalfLabelled()), trained(HalfLabelled(), GlobalDistillation(weight=3.0))
+    assert "train/global_kd" not in without.metrics and taught.metrics["train/global_kd"] > 0
+    assert not fed.same(without.state, taught.state)
+
+
 def test_a_weight_of_zero_is_training_without_it(fed, tmp_path) -> None:
     module = fed.student()
     one, other = fit(fed, tmp_path / "1", module, GlobalDistillation(weight=0)), fit(fed, tmp_path / "2", module)
@@ -81,6 +169,10 @@ def test_bad_settings_and_foreign_modules_are_refused(fed, tmp_path) -> None:
         GlobalDistillation(weight=-1)
     with pytest.raises(ConfigError, match="emperature"):
         GlobalDistillation(temperature=0)
+    with pytest.raises(ConfigError, match="memory must be 0 or above and below 1"):
+        GlobalDistillation(memory=1.0)
+    with pytest.raises(ConfigError, match="views must be 1, 4, 8, not 2"):
+        GlobalDistillation(views=2)  # type: ignore[arg-type]
 
     class Foreign(L.LightningModule):
         pass

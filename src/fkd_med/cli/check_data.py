@@ -15,6 +15,7 @@ from fkd_med.data.check import check_data as read_everything
 from fkd_med.data.contact_sheet import contact_sheet
 from fkd_med.data.manifest import ManifestRow
 from fkd_med.data.masks import MaskCoding, MaskFacts, find_coding, survey_masks
+from fkd_med.data.pairing import OnMissing
 from fkd_med.data.partition import build_manifest
 from fkd_med.data.progress import with_progress
 from fkd_med.data.public import read_public
@@ -92,9 +93,10 @@ def _look_at_public(data: FederatedDataModule, records: list[Record], found: _Fi
 
 def _records(data: FederatedDataModule, found: _Findings) -> list[Record]:
     """Find the images; those without partner are left out, and errors unless the configuration skips them too."""
+    lenient: OnMissing = "unlabelled" if data.on_missing == "unlabelled" else "skip"
     with collected_warnings() as notes:
-        records = data.layout.records(data.root, "skip")
-    if data.on_missing == "skip":
+        records = data.layout.records(data.root, lenient)
+    if data.on_missing == lenient:
         found.notes += notes
         return records
     with collected_warnings() as accepted:
@@ -115,7 +117,7 @@ def _manifest(data: FederatedDataModule, found: _Findings) -> Manifest | None:
     try:
         if data.manifest_path is None:
             fractions = data.val_fraction, data.test_fraction
-            data.manifest = build_manifest(found.records, data.partitioner, *fractions, seed)
+            data.manifest = build_manifest(found.records, data.partitioner, *fractions, seed, data.hidden_masks)
         else:
             data.manifest = Manifest.read(Path(data.manifest_path).expanduser())
             data.manifest.verify(found.records)

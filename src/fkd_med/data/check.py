@@ -18,7 +18,7 @@ from rich.table import Table
 
 from fkd_med.data.decoding import Header, read_header
 from fkd_med.data.images import pixel_digest, read_image, read_mask
-from fkd_med.data.manifest import SPLITS, Manifest, ManifestRow
+from fkd_med.data.manifest import SPLITS, UNLABELLED, Manifest, ManifestRow
 from fkd_med.data.masks import MaskCoding
 from fkd_med.data.progress import with_progress
 from fkd_med.data.records import Record, listing
@@ -86,7 +86,7 @@ class _Seen:
     header: Header
     pixels: str
     values: dict[int, int]
-    shares: list[float]
+    shares: list[float] | None  # of classes; None without a mask
 
 
 def check_data(
@@ -146,12 +146,13 @@ def collected_warnings() -> Iterator[list[str]]:
 def render(report: DataReport, console: Console | None = None) -> None:
     """Print a report: counts, then formats and masks per client, then errors and warnings."""
     console = console or Console()
-    counts = Table("client", *(f"{split}" for split in SPLITS), "patients of each", title="Images per client and split")
+    splits = [*SPLITS, *([UNLABELLED] if any(client.images[UNLABELLED] for client in report.clients) else [])]
+    counts = Table("client", *splits, "patients of each", title="Images per client and split")
     for client in report.clients:
-        patients = "/".join(str(client.patients[split]) for split in SPLITS)
-        counts.add_row(client.client, *(str(client.images[split]) for split in SPLITS), patients)
-    totals = [sum(client.images[split] for client in report.clients) for split in SPLITS]
-    patients = "/".join(str(sum(client.patients[split] for client in report.clients)) for split in SPLITS)
+        patients = "/".join(str(client.patients[split]) for split in splits)
+        counts.add_row(client.client, *(str(client.images[split]) for split in splits), patients)
+    totals = [sum(client.images[split] for client in report.clients) for split in splits]
+    patients = "/".join(str(sum(client.patients[split] for client in report.clients)) for split in splits)
     counts.add_section()
     counts.add_row("all", *map(str, totals), patients)
     console.print(counts)
@@ -175,7 +176,9 @@ def _read(row: ManifestRow, records: dict[str, Record], coding: MaskCoding) -> _
     header = read_header(record.image)
     image = read_image(record.image, 3)
     if record.mask is None:
-        raise DataError(f"{record.image}: has no mask.")
+        if row.split != UNLABELLED:
+            raise DataError(f"{record.image}: has no mask.")
+        return _Seen(row, header, pixel_digest(image), {}, None)
     raw = read_mask(record.mask)
     if raw.shape != image.shape[:2]:
         raise DataError(f"{record.mask}: its size differs from its image's.")
@@ -194,9 +197,9 @@ def _client_report(name: str, seen: Sequence[_Seen]) -> ClientReport:
     report.modes.update(f"{_NAMES.get(one.header.mode, one.header.mode)}, {one.header.bits} bit" for one in seen)
     for one in seen:
         report.mask_values.update(one.values)
-    if seen:
-        report.class_shares = dict(enumerate(np.mean([one.shares for one in seen], axis=0).tolist()))
-    report.empty = sum(one.shares[0] == 1 for one in seen)
+    if shares := [one.shares for one in seen if one.shares is not None]:
+        report.class_shares = dict(enumerate(np.mean(shares, axis=0).tolist()))
+    report.empty = sum(share[0] == 1 for share in shares)
     return report
 
 

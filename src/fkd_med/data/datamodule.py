@@ -10,8 +10,9 @@ import difflib
 import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
@@ -22,13 +23,15 @@ from fkd_med.data.augmentation import Augmentation, default_augmentation
 from fkd_med.data.datasets import Item, Maps, SampleReader, SegmentationDataset, collate
 from fkd_med.data.geometry import ResizeMode
 from fkd_med.data.layouts import FolderPair, Layout
-from fkd_med.data.manifest import Manifest
+from fkd_med.data.manifest import UNLABELLED, Manifest
 from fkd_med.data.masks import MaskCoding, scan_masks
+from fkd_med.data.pairing import OnMissing
 from fkd_med.data.partition import BySite, Partitioner, build_manifest
 from fkd_med.data.preprocessing import Preprocessing
 from fkd_med.data.public import PublicImages, read_public
-from fkd_med.data.records import Record
+from fkd_med.data.records import Record, listing
 from fkd_med.data.sampling import SeededSampler
+from fkd_med.data.unlabelled import MixedSampler, check_unlabelled
 from fkd_med.errors import ConfigError, DataError
 from fkd_med.seeding import global_seed
 
@@ -56,7 +59,11 @@ class FederatedDataModule(L.LightningDataModule):
         num_workers: Processes that load data; numbers do not depend on it.
         val_fraction: Share of each hospital's patients kept for validation.
         test_fraction: Share of each hospital's patients kept for testing.
-        on_missing: What to do about images without mask and masks without image.
+        on_missing: What to do about images without mask and masks without image: stop, skip them, or keep images
+            without mask as unlabelled, to learn from what a teacher says of them.
+        unlabelled: Unlabelled images added to every training batch; null for as many as `batch_size`, 0 for none.
+        hidden_masks: Share of each hospital's training images whose masks are not used, by whole patients: to try what
+            unlabelled images are worth.
         seed: Of splits, order and augmentation; null for seed_everything's.
         public: Folder of further images, without masks and nobody's, for algorithms that distil on such (FedDF, FedMD).
 
@@ -85,7 +92,9 @@ class FederatedDataModule(L.LightningDataModule):
         num_workers: int = 0,
         val_fraction: float = 0.15,
         test_fraction: float = 0.2,
-        on_missing: Literal["error", "skip"] = "error",
+        on_missing: OnMissing = "error",
+        unlabelled: int | None = None,
+        hidden_masks: float = 0.0,
         seed: int | None = None,
         public: str | None = None,
     ) -> None:
@@ -107,7 +116,10 @@ class FederatedDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
-        self.on_missing = on_missing
+        self.on_missing: OnMissing = on_missing
+        check_unlabelled(hidden_masks, unlabelled, manifest)
+        self.hidden_masks = hidden_masks
+        self.unlabelled = batch_size if unlabelled is None else unlabelled
         self.seed = seed
         self.public = public
         self._public: PublicImages | None = None
@@ -154,33 +166,46 @@ class FederatedDataModule(L.LightningDataModule):
         return [self.client] if self.client is not None else self.manifest.clients()
 
     def num_examples(self, client: str) -> int:
-        """Return the number of a client's training images."""
+        """Return the number of a client's training images that have masks."""
         return len(self.manifest.of(client, "train"))
+
+    def num_unlabelled(self, client: str | None) -> int:
+        """Return the number of images that a client (None: all) learns from without a mask."""
+        return len(self.manifest.of(client, UNLABELLED)) if self.unlabelled else 0
 
     def client_train_dataloader(self, client: str | None, round: int = 0) -> Loader:
         """Shuffled and augmented training batches of a client (None: of all, pooled); whole batches only.
 
+        Where there are unlabelled images, each batch has `unlabelled` of them after those with masks, and says which
+        are `labelled`. Those with masks, and the number of batches, are as they would be without.
+
         Args:
             client: The client's name.
             round: Federated round; -1 for the training of a teacher. Other rounds draw other numbers, and carry
-                `teacher_maps` if there are any.
+                `teacher_maps` and unlabelled images if there are any.
         """
-        dataset = self._dataset(client, "train", augment=True, maps=self.teacher_maps if round >= 0 else None)
-        ids = [record.id for record in dataset.records]
-        sampler = SeededSampler(ids, self._seed, round, client or "", *self._ranks())
-        return self._loader(dataset, sampler, drop_last=True)
+        if round < 0 or not self.num_unlabelled(client):
+            dataset = self._dataset(client, ("train",), augment=True, maps=self.teacher_maps if round >= 0 else None)
+            sampler = SeededSampler(dataset.ids, self._seed, round, client or "", *self._ranks())
+            return self._loader(dataset, sampler, drop_last=True)
+        dataset = self._dataset(client, ("train", UNLABELLED), augment=True, maps=self.teacher_maps)
+        labelled = len(self.manifest.of(client, "train"))
+        batch, extra = self.batch_size, self.unlabelled
+        mixed = MixedSampler(dataset.ids, labelled, batch, extra, self._seed, round, client or "", *self._ranks())
+        return self._loader(dataset, mixed, drop_last=True, batch_size=batch + extra)
 
     def client_train_eval_dataloader(self, client: str | None) -> Loader:
-        """Training images in order and as they are, for caches and BatchNorm statistics."""
-        return self._evaluation_loader(self._dataset(client, "train"))
+        """Training images in order and as they are, then unlabelled ones; for caches and BatchNorm statistics."""
+        splits = ("train", UNLABELLED) if self.num_unlabelled(client) else ("train",)
+        return self._evaluation_loader(self._dataset(client, splits))
 
     def client_val_dataloader(self, client: str | None) -> Loader:
         """Validation images of a client (None: of all)."""
-        return self._evaluation_loader(self._dataset(client, "val"))
+        return self._evaluation_loader(self._dataset(client, ("val",)))
 
     def client_test_dataloader(self, client: str | None) -> Loader:
         """Test images of a client (None: of all), with masks of the original size."""
-        return self._evaluation_loader(self._dataset(client, "test", original=True))
+        return self._evaluation_loader(self._dataset(client, ("test",), original=True))
 
     def public_images(self) -> PublicImages | None:
         """Return the images of `public`, in order and as they are; None without such a folder, or before `setup`."""
@@ -196,9 +221,11 @@ class FederatedDataModule(L.LightningDataModule):
 
     def fingerprint(self, client: str | None) -> str:
         """Return a SHA-256 over a client's training and validation files and their preprocessing; no paths."""
-        rows = [(r.split, r.id, r.sha256) for s in ("train", "val") for r in self.manifest.of(client, s)]
-        content = json.dumps([self.export_info(), rows], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
+        return self._hash(client, ("train", "val"))
+
+    def unlabelled_fingerprint(self, client: str | None) -> str:
+        """Return a SHA-256 over the files of a client's unlabelled images; empty without any."""
+        return self._hash(client, (UNLABELLED,)) if self.num_unlabelled(client) else ""
 
     def folders(self) -> list[str]:
         """Return the folders that images and masks lie in, with links resolved: one for each."""
@@ -206,6 +233,11 @@ class FederatedDataModule(L.LightningDataModule):
         return [os.path.commonpath([os.path.realpath(path.parent) for path in paths]) for paths in files if paths]
 
     # Inside
+
+    def _hash(self, client: str | None, splits: tuple[str, ...]) -> str:
+        rows = [(row.split, row.id, row.sha256) for split in splits for row in self.manifest.of(client, split)]
+        content = json.dumps([self.export_info(), rows], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def _read(self) -> None:
         if self.trainer is None:  # used without Lightning, whose hook has created them otherwise
@@ -217,16 +249,25 @@ class FederatedDataModule(L.LightningDataModule):
             self._check_client(self.client)
         used = {row.id for row in self.manifest.rows}
         records = [record for record in records if record.id in used]
+        self._refuse_bare(records)
         self._coding = scan_masks(records, self.classes, self.class_values)
         self._reader = SampleReader(self.preprocessing, self._coding)
         self._records = {record.id: record for record in records}  # last: says that all is read
 
     def _partition(self, records: list[Record]) -> Manifest:
         if self.manifest_path is None:
-            return build_manifest(records, self.partitioner, self.val_fraction, self.test_fraction, self._seed)
+            fractions = self.val_fraction, self.test_fraction
+            return build_manifest(records, self.partitioner, *fractions, self._seed, self.hidden_masks)
         manifest = Manifest.read(Path(self.manifest_path).expanduser())
         manifest.verify(records)
         return manifest
+
+    def _refuse_bare(self, records: list[Record]) -> None:
+        """A given manifest, or a later change of the data, may want masks that are not there."""
+        split = {row.id: row.split for row in self.manifest.rows}
+        bare = [str(r.image) for r in records if r.mask is None and split[r.id] != UNLABELLED]
+        if bare:
+            raise DataError(f"{self.manifest.source}: {len(bare)} images to be scored have no mask: {listing(bare)}.")
 
     def _check_batches(self) -> None:
         """Every client that trains alone must fill a batch; plain Lightning pools them and needs one in all."""
@@ -259,16 +300,17 @@ class FederatedDataModule(L.LightningDataModule):
     def _dataset(
         self,
         client: str | None,
-        split: str,
+        splits: tuple[str, ...],
         augment: bool = False,
         original: bool = False,
         maps: Maps | None = None,
     ) -> SegmentationDataset:
         if client is not None:
             self._check_client(client)
-        rows = self.manifest.of(client, split)
+        rows = [row for split in splits for row in self.manifest.of(client, split)]
+        records = [self._records[row.id] for row in rows]
         return SegmentationDataset(
-            [self._records[row.id] for row in rows],
+            [replace(r, mask=None) if row.split == UNLABELLED else r for r, row in zip(records, rows, strict=True)],
             [row.client for row in rows],
             self._reader,
             self.augmentation if augment else None,
@@ -281,11 +323,17 @@ class FederatedDataModule(L.LightningDataModule):
         ranks, rank = self._ranks()
         return self._loader(dataset, DistributedSampler(dataset, ranks, rank, shuffle=False), drop_last=False)
 
-    def _loader(self, dataset: SegmentationDataset, sampler: DistributedSampler[Any], drop_last: bool) -> Loader:
+    def _loader(
+        self,
+        dataset: SegmentationDataset,
+        sampler: DistributedSampler[Any],
+        drop_last: bool,
+        batch_size: int | None = None,
+    ) -> Loader:
         on_gpu = self.trainer is not None and isinstance(self.trainer.accelerator, CUDAAccelerator)
         return DataLoader(
             dataset,
-            batch_size=self.batch_size,
+            batch_size=batch_size or self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
             collate_fn=collate,

@@ -50,13 +50,18 @@ class SampleReader:
         if record.image in self._kept:
             return self._kept[record.image]
         image, size = self.preprocessing.read(record.image)
-        mask = self.original_mask(record, size)
-        fitted = image, fit_mask(mask, self.preprocessing.image_size, self.preprocessing.resize), size
+        fitted = image, self._fitted_mask(record, size), size
         needed = image.nbytes + fitted[1].nbytes
         if get_worker_info() is None and self._bytes + needed <= CACHE_BYTES:
             self._kept[record.image] = fitted
             self._bytes += needed
         return fitted
+
+    def _fitted_mask(self, record: Record, size: tuple[int, int]) -> NDArray[np.uint8]:
+        side = self.preprocessing.image_size
+        if record.mask is None:  # an unlabelled image: nobody looks at it
+            return np.zeros((side, side), np.uint8)
+        return fit_mask(self.original_mask(record, size), side, self.preprocessing.resize)
 
     def original_mask(self, record: Record, size: tuple[int, int]) -> NDArray[np.uint8]:
         """Return the class indices (H0, W0) of a record whose image has this `size`."""
@@ -83,7 +88,8 @@ class SegmentationDataset(Dataset[Item]):
 
     Indexed by (index, seed), as SeededSampler yields, an item is augmented with that seed; by a plain index it
     is not augmented. With maps, an item also has "teacher", the map of each tap for the image as it was, and when
-    augmented "coordinates" (3, S, S): where its pixels lie in that image (see `Augmentation.with_coordinates`).
+    augmented "coordinates" (3, S, S): where its pixels lie in that image (see `Augmentation.with_coordinates`). If any
+    record has no mask, items say whether they are "labelled"; the mask of one that is not is -1 everywhere.
 
     Args:
         records: Images and masks.
@@ -109,6 +115,7 @@ class SegmentationDataset(Dataset[Item]):
         self.augmentation = augmentation
         self.original = original
         self.maps = maps
+        self.has_unlabelled = any(record.mask is None for record in self.records)
 
     @property
     def ids(self) -> list[str]:
@@ -130,6 +137,10 @@ class SegmentationDataset(Dataset[Item]):
             "client": self.clients[position],
             "size": size,
         }
+        if self.has_unlabelled:
+            item["labelled"] = record.mask is not None
+            if record.mask is None:
+                item["mask"].fill_(-1)
         if self.maps is not None:
             item["teacher"] = {tap: torch.from_numpy(array) for tap, array in self.maps.read(record.id).items()}
         if coordinates is not None:

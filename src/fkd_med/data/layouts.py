@@ -34,7 +34,8 @@ class Layout(ABC):
 
         Args:
             root: Folder of the data set.
-            on_missing: ``error``, or ``skip`` to leave out images without mask and masks without image.
+            on_missing: ``error``; ``skip`` to leave out images without mask and masks without image; ``unlabelled`` to
+                keep images without mask.
 
         Raises:
             DataError: Folders, files or `clients.csv` are not as this layout needs them; says what to change.
@@ -110,7 +111,8 @@ class ChestXrayMasks(Layout):
 
     The download is ``CXR_png/`` and ``masks/``, where Shenzhen's masks are ``<id>_mask.png`` and Montgomery's
     ``<id>.png``; the two hospitals are clients, every film a patient. The set is known for films without mask: they
-    are always left out, and counted in the log. Any other root is read as `FolderPair` reads it.
+    are left out, and counted in the log, unless they are to be kept as unlabelled. Any other root is read as
+    `FolderPair` reads it.
 
     Source: Jaeger et al. 2014, Quantitative Imaging in Medicine and Surgery 4(6).
     """
@@ -123,15 +125,15 @@ class ChestXrayMasks(Layout):
         public = _first_with(root, ("", "Lung Segmentation", "data", "data/Lung Segmentation"), "CXR_png")
         if public is None:
             return FolderPair().records(root, on_missing)
-        films = find_images(public / "CXR_png")
+        films, keeps = find_images(public / "CXR_png"), on_missing == "unlabelled"
         masks = {name.removesuffix("_mask"): path for name, path in find_images(public / "masks").items()}
         self._check_names(films)
         report_missing([path for name, path in masks.items() if name not in films], "masks without image", on_missing)
-        pairs = {name: (path, masks[name]) for name, path in films.items() if name in masks}
+        pairs = {name: (path, masks.get(name)) for name, path in films.items() if keeps or name in masks}
         if len(pairs) < len(films):
             bare = [name for name in films if name not in masks]
             _log.warning("%s: %d films without mask are not used: %s.", public, len(bare), listing(bare))
-        if not pairs:
+        if not films.keys() & masks.keys():
             raise DataError(f"{public}: none of {len(films)} films in CXR_png has a mask in masks.")
         return [Record(name, *pairs[name], self._HOSPITALS[name.split("_")[0]]) for name in pairs]
 

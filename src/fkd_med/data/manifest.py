@@ -21,13 +21,14 @@ from fkd_med.errors import DataError
 from fkd_med.files import atomic_write_text, open_regular
 
 SPLITS = ("train", "val", "test")
+UNLABELLED = "unlabelled"  # trained on, but by what a teacher says of it: without a mask, or with one that is not used
 _REMEDY = "Remove the manifest to have the data partitioned anew, or restore the files it was made from."
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ManifestRow:
-    """One image: its client, its split (``train``, ``val``, ``test``), its patient, the hash of image and mask."""
+    """One image: client, split (``train``, ``val``, ``test`` or ``unlabelled``), patient, and the hash of its files."""
 
     id: str
     client: str
@@ -145,9 +146,10 @@ def _check_names(rows: tuple[ManifestRow, ...], source: Path | str) -> None:
     strange = [text for row in rows for text in (row.id, row.patient, row.sha256) if not is_writable_name(text)]
     if strange:
         raise DataError(f"{source}: names with control characters or not in UTF-8: {listing(strange)}. {_REMEDY}")
-    wrong = [f"{row.id} ({row.split!r})" for row in rows if row.split not in SPLITS]
+    known = (*SPLITS, UNLABELLED)
+    wrong = [f"{row.id} ({row.split!r})" for row in rows if row.split not in known]
     if wrong:
-        raise DataError(f"{source}: the split must be one of {', '.join(SPLITS)}; wrong for {listing(wrong)}.")
+        raise DataError(f"{source}: the split must be one of {', '.join(known)}; wrong for {listing(wrong)}.")
     for client in {row.client for row in rows}:
         check_client_name(client, str(source))
 
@@ -157,7 +159,7 @@ def _check_patients(rows: tuple[ManifestRow, ...], source: Path | str) -> None:
     places: dict[str, dict[str, set[str]]] = {"client": defaultdict(set), "split": defaultdict(set)}
     for row in rows:
         places["client"][row.patient].add(row.client)
-        places["split"][row.patient].add(row.split)
+        places["split"][row.patient].add("train" if row.split == UNLABELLED else row.split)
     for what, of_patient in places.items():
         parted = [f"{name} ({', '.join(sorted(at))})" for name, at in sorted(of_patient.items()) if len(at) > 1]
         if parted:

@@ -21,8 +21,9 @@ from fkd_med.data.records import Record, check_client_name, is_writable_name, li
 from fkd_med.errors import DataError
 from fkd_med.files import open_regular
 
-OnMissing = Literal["error", "skip"]
-SPLITS = ("train", "val", "test")
+OnMissing = Literal["error", "skip", "unlabelled"]
+Pairs = dict[str, tuple[Path, Path | None]]
+SPLITS = ("train", "val", "test", "unlabelled")
 _log = logging.getLogger(__name__)
 
 
@@ -77,13 +78,14 @@ def pair(
     masks: dict[str, Path],
     on_missing: OnMissing,
     mask_name: Callable[[str], str] = str,
-) -> dict[str, tuple[Path, Path]]:
+) -> Pairs:
     """Pair images with masks by name.
 
     Args:
         images: Name -> file.
         masks: Name -> file.
-        on_missing: ``error``, or ``skip`` to leave out what has no partner and log how many.
+        on_missing: ``error``; ``skip`` to leave out what has no partner and log how many; ``unlabelled`` to keep images
+            without a mask (a mask without an image is an error still).
         mask_name: Name of the mask of the image of this name.
 
     Raises:
@@ -92,15 +94,18 @@ def pair(
     lonely_images = [path for name, path in images.items() if mask_name(name) not in masks]
     wanted = {mask_name(name) for name in images}
     lonely_masks = [path for name, path in masks.items() if name not in wanted]
-    pairs = {name: (path, masks[mask_name(name)]) for name, path in images.items() if mask_name(name) in masks}
-    report_missing(lonely_images, "images without mask", on_missing)
+    pairs: Pairs = {name: (path, masks[mask_name(name)]) for name, path in images.items() if mask_name(name) in masks}
+    if on_missing != "unlabelled":
+        report_missing(lonely_images, "images without mask", on_missing)
     report_missing(lonely_masks, "masks without image", on_missing)
     if not pairs:
         raise DataError(
             f"None of {len(images)} images has a mask of its name: {listing([p.name for p in images.values()], 3)}; "
             f"masks: {listing([p.name for p in masks.values()], 3)}. Rename them, or set the layout's mask_suffix."
         )
-    return pairs
+    return (
+        pairs if on_missing != "unlabelled" else {name: pairs.get(name, (path, None)) for name, path in images.items()}
+    )
 
 
 def report_missing(paths: list[Path], what: str, on_missing: OnMissing) -> None:
@@ -108,9 +113,14 @@ def report_missing(paths: list[Path], what: str, on_missing: OnMissing) -> None:
     if not paths:
         return
     files = f"{len(paths)} {what}: {listing([str(path) for path in paths])}"
-    if on_missing == "error":
-        raise DataError(f"{files}. Add what is missing, or leave these out with --data.on_missing=skip.")
+    if on_missing != "skip":
+        raise DataError(f"{files}. {_remedy(what)}")
     _log.warning("Left out %s.", files)
+
+
+def _remedy(what: str) -> str:
+    learn = ", or learn from them without with --data.on_missing=unlabelled" if what.startswith("images") else ""
+    return f"Add what is missing, leave these out with --data.on_missing=skip{learn}."
 
 
 def read_clients(path: Path) -> dict[str, Site]:
@@ -148,7 +158,7 @@ def read_clients(path: Path) -> dict[str, Site]:
 
 
 def with_sites(
-    pairs: dict[str, tuple[Path, Path]],
+    pairs: Pairs,
     sites: dict[str, Site],
     known: set[str],
     source: Path,
@@ -157,7 +167,7 @@ def with_sites(
     """Make the records of `pairs` with the client, patient and split of `clients.csv`.
 
     Args:
-        pairs: Name -> image and mask.
+        pairs: Name -> image and mask, if it has one.
         sites: Name -> row of `clients.csv`.
         known: Names of all images, also of those left out of `pairs`; other ids in the file are mistakes.
         source: The file, for messages.
@@ -169,7 +179,7 @@ def with_sites(
     unknown = sorted(sites.keys() - known)
     unlisted = sorted(pairs.keys() - sites.keys())
     for names, what in ((unknown, "ids without an image"), (unlisted, "images that are not in it")):
-        if names and on_missing == "error":
+        if names and on_missing != "skip":
             raise DataError(
                 f"{source}: {len(names)} {what}: {listing(names)}. Ids are the images' names without suffix, with "
                 "'/' after a sub-folder. Correct the file, or leave these out with --data.on_missing=skip."

@@ -18,6 +18,7 @@ from fkd_med.data.manifest import Manifest, ManifestRow, hash_record
 from fkd_med.data.progress import with_progress
 from fkd_med.data.records import Record, listing
 from fkd_med.data.splits import split_patients
+from fkd_med.data.unlabelled import with_unlabelled
 from fkd_med.errors import ConfigError, DataError
 from fkd_med.seeding import derive_seed
 
@@ -125,49 +126,56 @@ def build_manifest(
     val_fraction: float = 0.1,
     test_fraction: float = 0.2,
     seed: int = 0,
+    hidden_masks: float = 0.0,
 ) -> Manifest:
     """Deal patients to clients, split each client's patients, hash the files.
 
-    A split that the records carry (the `split` column of clients.csv) is kept.
+    A split that the records carry (the `split` column of clients.csv) is kept. Images without a mask are
+    ``unlabelled``.
 
     Args:
         records: The whole set, in any order.
         partitioner: Who deals the patients.
         val_fraction: Share of each client's images for validation; 0 for none.
         test_fraction: Share of each client's images for test; 0 for none.
-        seed: Of both draws.
+        seed: Of all draws.
+        hidden_masks: Share of each client's training images whose masks are not used, by whole patients.
 
     Raises:
-        DataError: Double ids, a patient in two clients or splits, too few patients; named.
+        DataError: Double ids, a patient in two clients or splits, too few patients, an image without a mask that is
+            to validate or test; named.
     """
     ordered = sorted(records, key=lambda record: record.id)
-    if not ordered:
+    if not any(record.mask for record in ordered):
         raise DataError("The data set has no image with a mask.")
     clients = partitioner.assign(ordered, seed)
-    splits = _splits(ordered, clients, val_fraction, test_fraction, seed)
+    labelled = [record for record in ordered if record.mask is not None]
+    splits = _splits(labelled, clients, val_fraction, test_fraction, seed)
+    of_image = with_unlabelled(ordered, clients, splits, hidden_masks, seed)
+    used = [record for record in ordered if record.id in of_image]
     return Manifest(
-        ManifestRow(record.id, clients[record.patient], split, record.patient, hash_record(record))
-        for record, split in zip(with_progress(ordered, "Hashing files"), splits, strict=True)
+        ManifestRow(record.id, clients[record.patient], of_image[record.id], record.patient, hash_record(record))
+        for record in with_progress(used, "Hashing files")
     )
 
 
 def _splits(
     records: Sequence[Record], clients: dict[str, str], val_fraction: float, test_fraction: float, seed: int
-) -> list[str]:
-    """Return the split of each record: its own, or drawn per client."""
+) -> dict[str, str]:
+    """Return image -> split: its own, or drawn per client."""
     given = [record.split for record in records if record.split is not None]
     if given and len(given) < len(records):
         bare = [record.id for record in records if record.split is None]
         raise DataError(f"The split is given for some images but not for {listing(bare)}. Give all or none.")
     if given:
-        return given
+        return {record.id: str(record.split) for record in records}
     of_client: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         of_client[clients[record.patient]].append(record)
     drawn: dict[str, str] = {}
     for client, own in of_client.items():
         drawn |= split_patients(own, val_fraction, test_fraction, seed, client)
-    return [drawn[record.patient] for record in records]
+    return {record.id: drawn[record.patient] for record in records}
 
 
 def _counts(records: Iterable[Record], clients: int) -> Counter[str]:

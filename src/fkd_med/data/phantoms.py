@@ -12,12 +12,13 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import cv2
 import numpy as np
 
 from fkd_med.data.layouts import FolderPair, Layout
+from fkd_med.data.pairing import OnMissing
 from fkd_med.data.phantom_images import Look, paint
 from fkd_med.data.records import Record
 from fkd_med.errors import ConfigError, DataError
@@ -52,7 +53,7 @@ class Phantoms(Layout):
         self.size = size
         self.seed = seed
 
-    def records(self, root: Path, on_missing: Literal["error", "skip"] = "error") -> list[Record]:
+    def records(self, root: Path, on_missing: OnMissing = "error") -> list[Record]:
         """Return one record per image, with hospital and patient."""
         return FolderPair().records(root, on_missing)
 

@@ -6,6 +6,8 @@ then says, in ``coordinates``, where in it each pixel of the augmented image com
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,6 +34,8 @@ def match(
     Raises:
         ConfigError: the term allows no resizing, and the sizes differ.
     """
+    if term.needs_masks():
+        pixels = pixels.with_masks()
     if connector is not None:
         student = connector(student)
     wanted = _size(teacher)
@@ -45,9 +49,10 @@ def match(
     size = _size(student)
     if coordinates is None:
         return student, resized(teacher, size), pixels.at(size)
-    seen = Pixels(pixels.mask, pixels.classes, coordinates[:, 2] > 0.5).at(size)
+    inside = coordinates[:, 2] > 0.5
+    seen = replace(pixels, valid=inside if pixels.valid is None else pixels.valid & inside).at(size)
     if size != tuple(coordinates.shape[2:]) and seen.valid is not None:
-        seen = Pixels(seen.mask, seen.classes, seen.valid & is_one_place(coordinates, size))
+        seen = replace(seen, valid=seen.valid & is_one_place(coordinates, size))
     return student, sampled(teacher, coordinates, size), seen
 
 

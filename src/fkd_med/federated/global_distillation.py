@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
 from fkd_med.communication import Broadcast, State
+from fkd_med.distillation.views import NUMBERS, of_views
 from fkd_med.errors import ConfigError
 from fkd_med.federated.rules import ClientRule
-from fkd_med.losses import LogitKL, Pixels
+from fkd_med.losses import LogitKL, WeightSchedule
 from fkd_med.modules import SegmentationModule
+from fkd_med.modules.labels import pixels_of
+from fkd_med.modules.schedule import progress_of
 from fkd_med.modules.teacher import freeze
 
 Terms = Callable[[dict[str, Any]], dict[str, Tensor]]
@@ -23,29 +26,49 @@ Terms = Callable[[dict[str, Any]], dict[str, Tensor]]
 class GlobalDistillation(ClientRule):
     """Distil the global student, as the round began with it, into the one that a client trains.
 
-    weight T^2 KL(global || own) per pixel is part of the loss, beside the masks and the client's own teacher. The
-    global student sees the same augmented images, in eval mode; it costs a forward pass of the student, and no bytes.
-    Yao et al., "FedGKD: Toward Heterogeneous Federated Learning via Global Knowledge Distillation", 2021, with the
-    latest global model only; the weight is ours.
+    weight T^2 KL(global || own) per pixel is part of the loss, beside the masks and the client's own teacher, also of
+    images without masks. The global student sees the same augmented images, in eval mode; it costs a forward pass of
+    the student for each view, and no bytes. Yao et al., "FedGKD: Toward Heterogeneous Federated Learning via Global
+    Knowledge Distillation", 2021, which averages the last few global models; here the mean decays instead, as in
+    Tarvainen and Valpola, "Mean teachers are better role models", 2017. Views and weight are ours.
 
     Args:
         weight: factor beside the supervised loss, 0 or above. 0 is the training without this rule.
         temperature: softens both distributions, above 0.
+        memory: share of the earlier global students in the teacher's weights, 0 to below 1: a client's teacher of a
+            round is ``memory * the last one + (1 - memory) * the global student``, over the rounds it takes part in.
+            0 is the latest one alone. It stays with the client.
+        views: over how many views of an image the teacher's probabilities are averaged: 1, 4 (flips) or 8 (and quarter
+            turns).
+        schedule: changes the weight over the run; constant when left out.
 
     Raises:
-        ConfigError: for a negative weight or a temperature not above 0.
+        ConfigError: for a negative weight, a temperature not above 0, a memory out of range or another number of views.
     """
 
-    def __init__(self, weight: float = 1.0, temperature: float = 2.0) -> None:
+    def __init__(
+        self,
+        weight: float = 1.0,
+        temperature: float = 2.0,
+        memory: float = 0.0,
+        views: Literal[1, 4, 8] = 1,
+        schedule: WeightSchedule | None = None,
+    ) -> None:
         if not 0 <= weight < float("inf"):
             raise ConfigError(f"GlobalDistillation: weight must be 0 or above and finite, not {weight}.")
-        self.weight = weight
-        self.term = LogitKL(temperature=temperature)
-        self._logits: list[Tensor] = []  # of the student and of the global student, in the step of the moment
+        if not 0 <= memory < 1:
+            raise ConfigError(f"GlobalDistillation: memory must be 0 or above and below 1, not {memory}.")
+        if views not in NUMBERS:
+            raise ConfigError(f"GlobalDistillation: views must be {', '.join(map(str, NUMBERS))}, not {views}.")
+        self.term = LogitKL(temperature, weight, schedule=schedule)
+        self.memory, self.views = memory, views
+        self._mean: State = {}  # the teacher's tensors, of those that travel
+        self._logits: list[Tensor] = []  # of the student and of its teacher, in the step of the moment
 
     def begin(self, broadcast: Broadcast, kept: State) -> None:
-        """Forget the last round."""
+        """Average the global student with those of earlier rounds."""
         self._logits = []
+        self._mean = mean_of(kept, broadcast.state, self.memory) if self.memory else dict(broadcast.state)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep a frozen copy of the student before its first step, and add the term to what it learns from.
@@ -53,14 +76,15 @@ class GlobalDistillation(ClientRule):
         Raises:
             ConfigError: the module is not one of ours, so its loss is not known.
         """
-        if self.weight == 0:
+        if self._weight(trainer, pl_module) == 0:
             return
         if not isinstance(pl_module, SegmentationModule):
             raise ConfigError(
                 f"GlobalDistillation adds to the loss of a SegmentationModule or one made from it, which "
                 f"{type(pl_module).__name__} is not. Remove it from federation.client_rules."
             )
-        before = freeze(copy.deepcopy(pl_module.network))
+        pl_module.learns_from_unlabelled = True
+        before = freeze(of_views(self._teacher(pl_module), self.views))
 
         def note(network: nn.Module, arguments: tuple[Tensor, ...], logits: Tensor) -> None:
             if network.training:
@@ -68,28 +92,63 @@ class GlobalDistillation(ClientRule):
                     self._logits = [logits, before(*arguments)]
 
         self._hook = pl_module.network.register_forward_hook(note)
-        vars(pl_module)["loss_terms"] = self._added(pl_module.loss_terms)  # for this copy of the module only
+        weight = self._weight(trainer, pl_module)
+        vars(pl_module)["loss_terms"] = self._added(pl_module.loss_terms, weight)  # for this copy of the module only
 
-    def _added(self, terms_of: Terms) -> Terms:
+    def _weight(self, trainer: L.Trainer | None, module: L.LightningModule) -> float:
+        """Return the weight in this round."""
+        schedule = self.term.schedule
+        return (
+            self.term.weight if schedule is None else self.term.weight_at(progress_of(vars(module)["clock"], trainer))
+        )
+
+    def _teacher(self, module: SegmentationModule) -> nn.Module:
+        """Return a copy of a module's network with the averaged tensors."""
+        teacher = copy.deepcopy(module.network)
+        own = teacher.state_dict()
+        shared = {name.removeprefix("network."): tensor for name, tensor in self._mean.items()}
+        teacher.load_state_dict({**own, **{name: tensor for name, tensor in shared.items() if name in own}})
+        return teacher
+
+    def _added(self, terms_of: Terms, weight: float) -> Terms:
         """Return a module's `loss_terms` with ours beside it."""
 
         def loss_terms(batch: dict[str, Any]) -> dict[str, Tensor]:
             terms = terms_of(batch)
             own, before = self._logits
-            size = own.shape[-2], own.shape[-1]
-            pixels = Pixels(batch["mask"], max(2, own.shape[1])).at(size)
+            pixels = pixels_of(batch, own).at((own.shape[-2], own.shape[-1]))
             self._logits = []
-            return {**terms, "global_kd": self.weight * self.term(own, before, pixels)}
+            return {**terms, "global_kd": weight * self.term(own, before, pixels)}
 
         return loss_terms
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let go of the global student."""
-        if self.weight != 0:
+        if "loss_terms" in vars(pl_module):
             self._hook.remove()
             del vars(pl_module)["loss_terms"]
+
+    def end(self, trained: State) -> tuple[dict[str, State], State]:
+        """Send nothing; keep the mean, if there is one."""
+        return {}, self._mean if self.memory else {}
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Leave the gradients as they are: the term is in the loss."""
+
+
+def mean_of(before: State, now: State, memory: float) -> State:
+    """Return ``memory * before + (1 - memory) * now``, name by name; counters, and what is new, as they are now.
+
+    Args:
+        before: tensors of the last mean; none at first.
+        now: tensors of the same shapes.
+        memory: share of `before`, 0 to below 1.
+    """
+    return {
+        name: torch.lerp(tensor.double(), before[name].double(), memory).to(tensor.dtype)
+        if name in before and tensor.is_floating_point()
+        else tensor.clone()
+        for name, tensor in now.items()
+    }

@@ -20,6 +20,7 @@ from fkd_med.federated.teacher_key import describe, describe_augmentation
 from fkd_med.files import file_digest
 from fkd_med.modules import DistillationModule, SegmentationModule
 from fkd_med.modules.settings import is_plain
+from fkd_med.modules.teacher_cache import unlabelled_images
 from fkd_med.ranks import count_processes
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ _OF_CLIENTS = (
     "rounds", "local_epochs", "local_steps", "is_local", "client_rules", "client_callbacks", "policy",
     "optimizer_state", "chaos", "uplink", "public",
 )  # fmt: skip
+_OF_DATA = ("batch_size", "seed", "unlabelled")  # of a data module; images are named by their hashes
 # Of a module, what the run itself changes, or another part of the opening names.
 _CHANGES = {
     "training", "clock", "arm", "model_name", "evaluated", "personal", "companions", "network", "optimizer",
@@ -62,7 +64,8 @@ class Openings:
             module, teacher = worker.module, None
             if isinstance(module, DistillationModule) and module.active_losses and module.teacher_source is not None:
                 teacher = module.teacher_source.digest(client)
-            self._clients[client] = [worker.data.fingerprint(client), worker.data.num_examples(client), teacher]
+            images = [worker.data.fingerprint(client), *unlabelled_images(worker.data, client).values()]
+            self._clients[client] = [*images, worker.data.num_examples(client), teacher]
         version = worker.states.versions.get(client)
         state = None if version is None else file_digest(worker.states.path(client, version))
         return [*self._clients[client], state]
@@ -91,7 +94,7 @@ def _settings(worker: ClientWorker) -> str:
         "attributes": _described(own),
         "federation": {name: _described(getattr(federation, name)) for name in _OF_CLIENTS},
         "flags": {name: _described(value) for name, value in sorted(worker.flags.items())},
-        "data": [type(data).__qualname__, getattr(data, "batch_size", None), getattr(data, "seed", None)],
+        "data": [type(data).__qualname__, *(getattr(data, name, None) for name in _OF_DATA)],
         "augmentation": describe_augmentation(getattr(data, "augmentation", None)),
     })  # fmt: skip
 

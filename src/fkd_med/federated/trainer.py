@@ -22,7 +22,7 @@ from fkd_med.federated.quiet import quiet
 from fkd_med.federated.sharing import TeacherExchange, check_consent
 from fkd_med.federated.strategies import check_batch_norm, check_parallel, check_strategy
 from fkd_med.modules import DistillationModule, TeacherSource
-from fkd_med.modules.teacher_cache import Surroundings, ensure_maps
+from fkd_med.modules.teacher_cache import Surroundings, ensure_maps, image_count
 from fkd_med.rundir import RunDir
 
 # Callbacks that act on an optimizer, which the server does not have.
@@ -186,7 +186,7 @@ class FederatedTrainer(L.Trainer):
     def _ensure_maps(self, module: DistillationModule, source: TeacherSource, clients: list[str]) -> None:
         """Let each client's teacher answer all its images once, unless it has."""
         data, around = self.datamodule, Surroundings.of(self)
-        self.reporter.begin("teacher maps", sum(data.num_examples(client) for client in clients))
+        self.reporter.begin("teacher maps", sum(image_count(data, client) for client in clients))
         for client in clients:
             maps = ensure_maps(source, client, data, module.teacher_taps, around, module.teacher_views)
             if maps is not None:

@@ -86,6 +86,10 @@ class BoundaryKL(DistillationTerm):
         check_trust(trust)
         self.band, self.temperature, self.trust = band, temperature, trust
 
+    def needs_masks(self) -> bool:
+        """Whether the loss looks at the masks: it does."""
+        return True
+
     def __call__(self, student: Tensor, teacher: Tensor, pixels: Pixels) -> Tensor:
         """Return the raw, unweighted loss of logits (N, K, H, W) and the pixels' classes, a scalar."""
         return boundary_kl(

@@ -65,6 +65,10 @@ class DistillationTerm(ABC):
     def __call__(self, student: Tensor, teacher: Tensor, pixels: Pixels) -> Tensor:
         """Return the raw, unweighted scalar loss of two maps (N, C, H, W) and the pixels at the same H and W."""
 
+    def needs_masks(self) -> bool:
+        """Whether the loss looks at the masks, so that images without one must not count."""
+        return False
+
     def weight_at(self, progress: float) -> float:
         """Return the weight at a share of the run: 0 in the first round, 1 in the last."""
         return self.weight if self.schedule is None else self.weight * self.schedule(progress)

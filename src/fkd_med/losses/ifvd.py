@@ -51,6 +51,10 @@ class IFVD(DistillationTerm):
     def __init__(self, weight: float = 20.0, **where: Any) -> None:
         super().__init__(weight, **where)
 
+    def needs_masks(self) -> bool:
+        """Whether the loss looks at the masks: it does."""
+        return True
+
     def __call__(self, student: Tensor, teacher: Tensor, pixels: Pixels) -> Tensor:
         """Return the raw, unweighted loss of two maps (N, C, H, W) and the pixels' classes, a scalar."""
         student, teacher = self.as_probabilities(student, teacher, pixels)

@@ -92,6 +92,10 @@ class LogitKL(DistillationTerm):
         check_trust(trust)
         self.temperature, self.reduction, self.trust = temperature, reduction, trust
 
+    def needs_masks(self) -> bool:
+        """Whether the loss looks at the masks: only to tell where the teacher is right."""
+        return self.trust != "all"
+
     def __call__(self, student: Tensor, teacher: Tensor, pixels: Pixels) -> Tensor:
         """Return the raw, unweighted loss of student and teacher logits (N, K, H, W), a scalar."""
         return logit_kl(

@@ -5,7 +5,7 @@ An augmented image has pixels from outside the image: the teacher never saw them
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,11 +19,20 @@ class Pixels:
         mask: class indices, int64 (N, H, W).
         classes: number of classes, the background included: at least 2.
         valid: which pixels count, bool (N, H, W); all of them when left out.
+        labelled: which images have a mask, bool (N,); all of them when left out. The mask of another means nothing.
     """
 
     mask: Tensor
     classes: int
     valid: Tensor | None = None
+    labelled: Tensor | None = None
+
+    def with_masks(self) -> Pixels:
+        """Return the pixels for terms that look at masks: images without one do not count."""
+        if self.labelled is None:
+            return self
+        known = self.labelled.view(-1, 1, 1).expand(self.mask.shape)
+        return replace(self, valid=known if self.valid is None else self.valid & known)
 
     def at(self, size: tuple[int, int]) -> Pixels:
         """Return the pixels at another height and width.
@@ -34,6 +43,6 @@ class Pixels:
             return self
         mask = F.interpolate(self.mask.unsqueeze(1).float(), size=size, mode="nearest-exact").squeeze(1).long()
         if self.valid is None:
-            return Pixels(mask, self.classes)
+            return replace(self, mask=mask)
         outside = F.adaptive_max_pool2d((~self.valid).unsqueeze(1).float(), size).squeeze(1)
-        return Pixels(mask, self.classes, outside == 0)
+        return replace(self, mask=mask, valid=outside == 0)

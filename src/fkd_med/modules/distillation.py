@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from fkd_med.distillation import Companions, Taps, TeacherMaps, match, rehearse, sample_image
 from fkd_med.distillation.views import check_square, of_views
 from fkd_med.errors import ConfigError
-from fkd_med.losses import LOGITS, DistillationTerm, LogitKL, Pixels, supervised_loss
+from fkd_med.losses import LOGITS, DistillationTerm, LogitKL
 from fkd_med.modules.distillation_checks import (
     check_companions_fit,
     check_connectors_known,
     check_settings,
     weights_at,
 )
+from fkd_med.modules.labels import pixels_of, supervised_part
 from fkd_med.modules.schedule import progress_of
 from fkd_med.modules.segmentation import SegmentationModule
 from fkd_med.modules.teacher import TeacherSource, Teaching, freeze
@@ -241,10 +242,10 @@ class DistillationModule(SegmentationModule):
         shown = self._student_taps(batch["image"], self)
         logits, terms = shown[LOGITS], {}
         if self.supervised_weight != 0:
-            terms["supervised"] = self.supervised_weight * supervised_loss(self.loss, logits, batch["mask"])
+            terms["supervised"] = self.supervised_weight * supervised_part(self.loss, logits, batch)
         answers = self.teach(batch) if weights else {}
         coordinates = batch.get("coordinates") if "teacher" in batch else None  # a live teacher saw this very image
-        pixels = Pixels(batch["mask"], max(2, logits.shape[1]))
+        pixels = pixels_of(batch, logits)
         for name, weight in weights.items():
             term = self.losses[name]
             ours, theirs = shown[term.student_tap], answers[term.teacher_tap]

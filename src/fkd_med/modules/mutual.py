@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from fkd_med.distillation import Companions, Taps, match
 from fkd_med.errors import ConfigError
-from fkd_med.losses import LOGITS, DistillationTerm, LogitKL, Pixels, supervised_loss
+from fkd_med.losses import LOGITS, DistillationTerm, LogitKL
 from fkd_med.modules.distillation import DistillationModule
 from fkd_med.modules.distillation_checks import check_mutual, weights_at
+from fkd_med.modules.labels import pixels_of, supervised_part
 from fkd_med.modules.schedule import progress_of
 from fkd_med.modules.teacher import TeacherSource
 
@@ -149,12 +150,12 @@ class MutualDistillationModule(DistillationModule):
             return super().loss_terms(batch)
         student, teacher = self._look(batch["image"])
         terms = {
-            "supervised": supervised_loss(self.loss, student[LOGITS], batch["mask"]),
-            "teacher_supervised": supervised_loss(self.loss, teacher[LOGITS], batch["mask"]),
+            "supervised": supervised_part(self.loss, student[LOGITS], batch),
+            "teacher_supervised": supervised_part(self.loss, teacher[LOGITS], batch),
         }
         trust = trust_of(terms["supervised"], terms["teacher_supervised"])
         weights = weights_at(self.losses, progress_of(self.clock, self._trainer))
-        pixels = Pixels(batch["mask"], max(2, student[LOGITS].shape[1]))
+        pixels = pixels_of(batch, student[LOGITS])
         for name, weight in weights.items():
             term, connector = self.losses[name], self.companions.of(name)
             ours, theirs, seen = match(

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fkd_med.errors import ConfigError, TrainingError
-from fkd_med.losses import DiceCE, supervised_loss
+from fkd_med.losses import DiceCE
 from fkd_med.modules.evaluated import EvaluatedModule
+from fkd_med.modules.labels import only_labelled, supervised_part
 from fkd_med.modules.loading import VERSION, described
 from fkd_med.modules.schedule import RunClock, WarmupCosine, advance
 from fkd_med.modules.settings import SharedCallable, as_written, is_plain
@@ -47,6 +48,7 @@ class SegmentationModule(EvaluatedModule):
         self.optimizer = SharedCallable(optimizer)
         self.scheduler = None if scheduler is None else SharedCallable(scheduler)
         self.scheduler_interval = scheduler_interval
+        self.learns_from_unlabelled = False
         self.model_name = "student" if count_parameters(network) <= PARAMETER_BOUND else type(network).__name__
 
     def _keep_plain_hyperparameters(self) -> None:
@@ -76,8 +78,14 @@ class SegmentationModule(EvaluatedModule):
         return loss
 
     def loss_terms(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Return the weighted terms that make up the loss, by name."""
-        return {"supervised": supervised_loss(self.loss, self(batch["image"]), batch["mask"])}
+        """Return the weighted terms that make up the loss, by name.
+
+        Images without a mask are passed over, unless another part of the loss learns from them
+        (`learns_from_unlabelled`).
+        """
+        if not self.learns_from_unlabelled:
+            batch = only_labelled(batch)
+        return {"supervised": supervised_part(self.loss, self(batch["image"]), batch)}
 
     def _refuse_non_finite(
         self, loss: Tensor, terms: Mapping[str, Tensor], batch: dict[str, Any], batch_idx: int

@@ -119,6 +119,7 @@ def cache_key(
     architecture = source.architecture()
     description = {
         "images": data.fingerprint(client),
+        **unlabelled_images(data, client),
         "teacher": source.digest(client),
         "network": None if architecture is None else signature(architecture),
         "taps": sorted({LOGITS, *taps}),
@@ -126,6 +127,13 @@ def cache_key(
         **({"views": views} if views > 1 else {}),  # caches of one view keep the key they always had
     }
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest(), description
+
+
+def unlabelled_images(data: Any, client: str | None) -> dict[str, str]:
+    """Return the hash of a client's images without masks under a name; nothing where there are none."""
+    tell = getattr(data, "unlabelled_fingerprint", None)
+    found = tell(client) if tell is not None else ""
+    return {"unlabelled": found} if found else {}
 
 
 def signature(network: nn.Module) -> str:
@@ -176,7 +184,8 @@ def check_precision(precision: str) -> None:
 
 def image_count(data: Any, client: str | None) -> int:
     """Return how many images a client's cache holds."""
-    return sum(data.num_examples(name) for name in ([client] if client else data.client_names()))
+    more = getattr(data, "num_unlabelled", lambda name: 0)
+    return sum(data.num_examples(name) + more(name) for name in ([client] if client else data.client_names()))
 
 
 def _build(
