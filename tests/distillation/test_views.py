@@ -55,7 +55,7 @@ def images(height: int, width: int) -> Tensor:
 
 
 @pytest.mark.parametrize("classes", [1, 3])
-@pytest.mark.parametrize(("views", "size"), [(4, (6, 6)), (4, (5, 8)), (8, (6, 6)), (8, (7, 7))])
+@pytest.mark.parametrize(("views", "size"), [(2, (5, 8)), (4, (6, 6)), (4, (5, 8)), (8, (6, 6)), (8, (7, 7))])
 def test_the_mean_of_what_each_view_answers(views: int, size: tuple[int, int], classes: int) -> None:
     network, x = Lopsided(classes), images(*size)
     back = [
@@ -66,7 +66,7 @@ def test_the_mean_of_what_each_view_answers(views: int, size: tuple[int, int], c
     assert not torch.allclose(found, network(x))
 
 
-@pytest.mark.parametrize("views", [4, 8])
+@pytest.mark.parametrize("views", [2, 4, 8])
 def test_it_turns_and_flips_with_the_image(views: int) -> None:
     answers, x = MeanOfViews(Lopsided(2), views), images(6, 6)
     for move in SYMMETRIES[:views]:

@@ -171,8 +171,8 @@ def test_bad_settings_and_foreign_modules_are_refused(fed, tmp_path) -> None:
         GlobalDistillation(temperature=0)
     with pytest.raises(ConfigError, match="memory must be 0 or above and below 1"):
         GlobalDistillation(memory=1.0)
-    with pytest.raises(ConfigError, match="views must be 1, 4, 8, not 2"):
-        GlobalDistillation(views=2)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="views must be 1, 2, 4, 8, not 3"):
+        GlobalDistillation(views=3)  # type: ignore[arg-type]
 
     class Foreign(L.LightningModule):
         pass

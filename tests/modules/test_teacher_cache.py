@@ -197,8 +197,8 @@ def test_cached_and_live_teachers_answer_in_the_same_views(root: Path, tmp_path:
 
 
 def test_views_that_make_no_sense_are_refused_when_the_module_is_built() -> None:
-    with pytest.raises(ConfigError, match=r"teacher_views is 2: give 1 .* 4 .* or 8"):
-        DistillationModule(SlimUNet(), teacher_views=2)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"teacher_views is 3: give 1 .* 2 .* 4 .* or 8"):
+        DistillationModule(SlimUNet(), teacher_views=3)  # type: ignore[arg-type]
     tapping = {"at": AttentionTransfer(teacher_tap="bridge")}
     for cache in ("taps", "off"):
         with pytest.raises(ConfigError, match=r"model.losses.at taps features .*teacher_views: 4 averages"):

@@ -7,6 +7,7 @@ part that does not. Asked once per image by the teacher cache, it costs the roun
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,11 @@ from fkd_med.errors import ConfigError
 from fkd_med.losses.tensors import class_logits, precise
 from fkd_med.networks import forward_padded
 
-# Quarter turns, and whether the image is mirrored before. The first 4 are the flips: mirrored and upside down is the
-# vertical one. All 8 are the symmetries of the square.
+# Quarter turns, and whether the image is mirrored before. The first 2 are the image and its mirror; the first 4 the
+# flips: mirrored and upside down is the vertical one. All 8 are the symmetries of the square.
 _VIEWS = ((0, False), (0, True), (2, False), (2, True), (1, False), (1, True), (3, False), (3, True))
-NUMBERS = (1, 4, 8)
+NUMBERS = (1, 2, 4, 8)
+Views = Literal[1, 2, 4, 8]
 
 
 class MeanOfViews(nn.Module):
@@ -32,7 +34,8 @@ class MeanOfViews(nn.Module):
 
     Args:
         network: images (N, C, H, W) to logits (N, K, H, W).
-        views: 4 (the image, its two flips, and both) or 8 (those, and a quarter turn of each); 1 is the network.
+        views: 2 (the image and its mirror), 4 (these, and both upside down) or 8 (those, and a quarter turn of each);
+            1 is the network.
     """
 
     def __init__(self, network: nn.Module, views: int) -> None:

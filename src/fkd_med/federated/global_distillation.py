@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
 from fkd_med.communication import Broadcast, State
-from fkd_med.distillation.views import NUMBERS, of_views
+from fkd_med.distillation.views import NUMBERS, Views, of_views
 from fkd_med.errors import ConfigError
 from fkd_med.federated.rules import ClientRule
 from fkd_med.losses import LogitKL, WeightSchedule
@@ -38,8 +38,8 @@ class GlobalDistillation(ClientRule):
         memory: share of the earlier global students in the teacher's weights, 0 to below 1: a client's teacher of a
             round is ``memory * the last one + (1 - memory) * the global student``, over the rounds it takes part in.
             0 is the latest one alone. It stays with the client.
-        views: over how many views of an image the teacher's probabilities are averaged: 1, 4 (flips) or 8 (and quarter
-            turns).
+        views: over how many views of an image the teacher's probabilities are averaged: 1, 2 (and its mirror), 4
+            (flips) or 8 (and quarter turns).
         schedule: changes the weight over the run; constant when left out.
 
     Raises:
@@ -51,7 +51,7 @@ class GlobalDistillation(ClientRule):
         weight: float = 1.0,
         temperature: float = 2.0,
         memory: float = 0.0,
-        views: Literal[1, 4, 8] = 1,
+        views: Views = 1,
         schedule: WeightSchedule | None = None,
     ) -> None:
         if not 0 <= weight < float("inf"):

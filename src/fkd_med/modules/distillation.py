@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from fkd_med.distillation import Companions, Taps, TeacherMaps, match, rehearse, sample_image
-from fkd_med.distillation.views import check_square, of_views
+from fkd_med.distillation.views import Views, check_square, of_views
 from fkd_med.errors import ConfigError
 from fkd_med.losses import LOGITS, DistillationTerm, LogitKL
 from fkd_med.modules.distillation_checks import (
@@ -46,8 +46,9 @@ class DistillationModule(SegmentationModule):
         scheduler_interval: the unit in which the scheduler counts.
         teacher_cache: ``logits`` asks the teacher once per training image and keeps its logits on disk; ``taps`` keeps
             tapped features too; ``off`` runs the teacher at every step, on the augmented image.
-        teacher_views: over how many views of an image the teacher's logits are averaged: 1, the image as it is; 4, its
-            flips; 8, its flips and quarter turns. A cached teacher is asked that often once, a live one at every step.
+        teacher_views: over how many views of an image the teacher's logits are averaged: 1, the image as it is; 2, it
+            and its mirror; 4, its flips; 8, its flips and quarter turns. A cached teacher is asked that often once, a
+            live one at every step.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class DistillationModule(SegmentationModule):
         scheduler: LRSchedulerCallable | None = None,
         scheduler_interval: str = "step",
         teacher_cache: TeacherCache | Literal[False] = "logits",  # False: what YAML makes of an unquoted off
-        teacher_views: Literal[1, 4, 8] = 1,
+        teacher_views: Views = 1,
     ) -> None:
         super().__init__(network, loss, optimizer, scheduler, scheduler_interval)
         self._teaching = Teaching(teacher)

@@ -75,7 +75,8 @@ def _check_views(views: int, losses: Terms) -> None:
     """
     if views not in NUMBERS:
         raise ConfigError(
-            f"model.teacher_views is {views}: give 1 (the image as it is), 4 (its flips) or 8 (and quarter turns)."
+            f"model.teacher_views is {views}: give 1 (the image as it is), 2 (and its mirror), 4 (its flips) or 8 "
+            "(and quarter turns)."
         )
     tapping = [name for name, term in losses.items() if term.weight != 0 and term.teacher_tap != LOGITS]
     if views > 1 and tapping:
