@@ -145,13 +145,13 @@ def test_a_manifest_remembers_what_was_hidden(root: Path, tmp_path: Path) -> Non
         module(root, manifest=str(tmp_path / "manifest.csv"), hidden_masks=0.5)
 
 
-def test_a_manifest_that_scores_an_image_without_mask_is_refused(root: Path, tmp_path: Path) -> None:
+def test_a_manifest_that_wants_a_mask_that_is_not_there_is_refused(root: Path, tmp_path: Path) -> None:
     name = module(root).manifest.of("hospital-a", "val")[0].id
     without_masks(root, lambda other: other == name)
     bare = module(root, on_missing="unlabelled", val_fraction=0.0, test_fraction=0.0).manifest
     rows = [type(row)(row.id, row.client, "train", row.patient, row.sha256) for row in bare.rows]
     Manifest(rows).write(tmp_path / "m.csv")
-    with pytest.raises(DataError, match=rf"1 images to be scored have no mask: .*{name}"):
+    with pytest.raises(DataError, match=rf"1 images have no mask and are not unlabelled: .*{name}"):
         module(root, on_missing="unlabelled", manifest=str(tmp_path / "m.csv"))
 
 

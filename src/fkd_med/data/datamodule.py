@@ -7,8 +7,6 @@ manifest, the same preprocessing and the same seeded order.
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -29,9 +27,9 @@ from fkd_med.data.pairing import OnMissing
 from fkd_med.data.partition import BySite, Partitioner, build_manifest
 from fkd_med.data.preprocessing import Preprocessing
 from fkd_med.data.public import PublicImages, read_public
-from fkd_med.data.records import Record, listing
+from fkd_med.data.records import Record
 from fkd_med.data.sampling import SeededSampler
-from fkd_med.data.unlabelled import MixedSampler, check_unlabelled
+from fkd_med.data.unlabelled import MixedSampler, check_masks, check_unlabelled
 from fkd_med.errors import ConfigError, DataError
 from fkd_med.seeding import global_seed
 
@@ -184,15 +182,15 @@ class FederatedDataModule(L.LightningDataModule):
             round: Federated round; -1 for the training of a teacher. Other rounds draw other numbers, and carry
                 `teacher_maps` and unlabelled images if there are any.
         """
+        scope = (self._seed, round, client or "", *self._ranks())
+        maps = self.teacher_maps if round >= 0 else None
         if round < 0 or not self.num_unlabelled(client):
-            dataset = self._dataset(client, ("train",), augment=True, maps=self.teacher_maps if round >= 0 else None)
-            sampler = SeededSampler(dataset.ids, self._seed, round, client or "", *self._ranks())
-            return self._loader(dataset, sampler, drop_last=True)
-        dataset = self._dataset(client, ("train", UNLABELLED), augment=True, maps=self.teacher_maps)
+            dataset = self._dataset(client, ("train",), augment=True, maps=maps)
+            return self._loader(dataset, SeededSampler(dataset.ids, *scope), drop_last=True)
+        dataset = self._dataset(client, ("train", UNLABELLED), augment=True, maps=maps)
         labelled = len(self.manifest.of(client, "train"))
-        batch, extra = self.batch_size, self.unlabelled
-        mixed = MixedSampler(dataset.ids, labelled, batch, extra, self._seed, round, client or "", *self._ranks())
-        return self._loader(dataset, mixed, drop_last=True, batch_size=batch + extra)
+        sampler = MixedSampler(dataset.ids, labelled, self.batch_size, self.unlabelled, *scope)
+        return self._loader(dataset, sampler, drop_last=True, batch_size=self.batch_size + self.unlabelled)
 
     def client_train_eval_dataloader(self, client: str | None) -> Loader:
         """Training images in order and as they are, then unlabelled ones; for caches and BatchNorm statistics."""
@@ -221,11 +219,11 @@ class FederatedDataModule(L.LightningDataModule):
 
     def fingerprint(self, client: str | None) -> str:
         """Return a SHA-256 over a client's training and validation files and their preprocessing; no paths."""
-        return self._hash(client, ("train", "val"))
+        return self.manifest.digest(client, ("train", "val"), self.export_info())
 
     def unlabelled_fingerprint(self, client: str | None) -> str:
         """Return a SHA-256 over the files of a client's unlabelled images; empty without any."""
-        return self._hash(client, (UNLABELLED,)) if self.num_unlabelled(client) else ""
+        return self.manifest.digest(client, (UNLABELLED,), self.export_info()) if self.num_unlabelled(client) else ""
 
     def folders(self) -> list[str]:
         """Return the folders that images and masks lie in, with links resolved: one for each."""
@@ -233,11 +231,6 @@ class FederatedDataModule(L.LightningDataModule):
         return [os.path.commonpath([os.path.realpath(path.parent) for path in paths]) for paths in files if paths]
 
     # Inside
-
-    def _hash(self, client: str | None, splits: tuple[str, ...]) -> str:
-        rows = [(row.split, row.id, row.sha256) for split in splits for row in self.manifest.of(client, split)]
-        content = json.dumps([self.export_info(), rows], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
 
     def _read(self) -> None:
         if self.trainer is None:  # used without Lightning, whose hook has created them otherwise
@@ -249,7 +242,7 @@ class FederatedDataModule(L.LightningDataModule):
             self._check_client(self.client)
         used = {row.id for row in self.manifest.rows}
         records = [record for record in records if record.id in used]
-        self._refuse_bare(records)
+        check_masks(records, self.manifest)
         self._coding = scan_masks(records, self.classes, self.class_values)
         self._reader = SampleReader(self.preprocessing, self._coding)
         self._records = {record.id: record for record in records}  # last: says that all is read
@@ -261,13 +254,6 @@ class FederatedDataModule(L.LightningDataModule):
         manifest = Manifest.read(Path(self.manifest_path).expanduser())
         manifest.verify(records)
         return manifest
-
-    def _refuse_bare(self, records: list[Record]) -> None:
-        """A given manifest, or a later change of the data, may want masks that are not there."""
-        split = {row.id: row.split for row in self.manifest.rows}
-        bare = [str(r.image) for r in records if r.mask is None and split[r.id] != UNLABELLED]
-        if bare:
-            raise DataError(f"{self.manifest.source}: {len(bare)} images to be scored have no mask: {listing(bare)}.")
 
     def _check_batches(self) -> None:
         """Every client that trains alone must fill a batch; plain Lightning pools them and needs one in all."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from fkd_med.data.progress import with_progress
 from fkd_med.data.records import Record, check_client_name, is_writable_name, listing
@@ -75,6 +77,17 @@ class Manifest:
     def of(self, client: str | None, split: str) -> list[ManifestRow]:
         """Return the rows of one client (None: of all) in one split, sorted by client and id."""
         return [row for row in self.rows if row.split == split and client in (None, row.client)]
+
+    def digest(self, client: str | None, splits: Iterable[str], around: Any) -> str:
+        """Return a SHA-256 over the files of a client (None: of all) in some splits; no paths.
+
+        Args:
+            client: The client.
+            splits: The splits, in order.
+            around: What else is to be told apart, in plain containers: how the files are read.
+        """
+        rows = [(row.split, row.id, row.sha256) for split in splits for row in self.of(client, split)]
+        return hashlib.sha256(json.dumps([around, rows], sort_keys=True).encode()).hexdigest()
 
     @classmethod
     def read(cls, path: Path) -> Manifest:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from fkd_med.data.manifest import UNLABELLED
+from fkd_med.data.manifest import UNLABELLED, Manifest
 from fkd_med.data.records import Record, listing
 from fkd_med.data.sampling import SeededIndex, SeededSampler
 from fkd_med.errors import ConfigError, DataError
@@ -83,6 +83,14 @@ def _hidden_patients(
                 away.add(name)
                 wanted -= images[name]
     return away
+
+
+def check_masks(records: Sequence[Record], manifest: Manifest) -> None:
+    """Refuse a manifest that wants masks which are not there; DataError names the images."""
+    split = {row.id: row.split for row in manifest.rows}
+    bare = [str(record.image) for record in records if record.mask is None and split[record.id] != UNLABELLED]
+    if bare:
+        raise DataError(f"{manifest.source}: {len(bare)} images have no mask and are not unlabelled: {listing(bare)}.")
 
 
 def check_unlabelled(hidden: float, number: int | None, manifest: str | None) -> None:
