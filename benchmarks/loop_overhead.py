@@ -13,6 +13,10 @@ imports); `ratio_runs` is ours to Flower from the call to its return. Imports of
 is the largest difference from the bare loop's student after the first round: all do the same work, and only the mean is
 rounded differently.
 
+``python benchmarks/loop_overhead.py parallel`` lets the hospitals of a round train one after another and side by side
+(`federation.parallel`, `--beside` of them, one thread each) in turns: `speedup` is the first to the second, seconds per
+round without the first round, in which the processes start. Both end with the same bits (`apart` is 0).
+
 ``python benchmarks/loop_overhead.py memory`` runs 50 rounds of a federation of 300 clients, 30 a round, and prints
 resident memory, open files and threads by round; `slope_percent` is the rise of a line through rounds 10 to 50, in
 percent of the memory at round 10.
@@ -69,11 +73,11 @@ class RoundClock(L.Callback):
         self.times.append(now())
 
 
-def federated(work: Work, folder: Path) -> Measured:
-    """Do the work in our loop, without validation."""
+def federated(work: Work, folder: Path, beside: int = 1) -> Measured:
+    """Do the work in our loop, without validation, so many hospitals at a time."""
     began, clock, server = time.perf_counter(), RoundClock(), copy.deepcopy(student())
     trainer = FederatedTrainer(
-        federation=Federation(rounds=work.rounds, local_steps=work.steps), default_root_dir=folder,
+        federation=Federation(rounds=work.rounds, local_steps=work.steps, parallel=beside), default_root_dir=folder,
         limit_val_batches=0, accelerator="cpu", devices=1, logger=False, callbacks=[clock],
     )  # fmt: skip
     trainer.reporter.enabled = False
@@ -112,6 +116,28 @@ def one_turn(turn: int, work: Work, beside_flower: bool) -> dict[str, float]:
     shown = {name: float(f"{value:.2g}") if "apart" in name else round(value, 4) for name, value in line.items()}
     print(json.dumps({"program": "loop_overhead", "turn": turn, **shown}), flush=True)
     return line
+
+
+def measure_parallel(turns: int, work: Work, beside: int) -> None:
+    """Print a line for each turn of both ways, and one for all."""
+    L.seed_everything(0, verbose=False)
+    hospitals(work)
+    speedups = []
+    for turn in range(turns):
+        with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+            alone, together = federated(work, Path(one)), federated(work, Path(other), beside)
+        speedups.append(alone.round_s / together.round_s)
+        line = {"alone_s": alone.round_s, "beside_s": together.round_s, "speedup": speedups[-1]}
+        line |= {
+            "alone_run_s": alone.run_s,
+            "beside_run_s": together.run_s,
+            "apart": apart(alone.first, together.first),
+        }
+        shown = {name: round(value, 4) for name, value in line.items()}
+        print(json.dumps({"program": "loop_overhead", "turn": turn, **shown}), flush=True)
+    settings = {key: value for key, value in vars(work).items() if key != "folder"}
+    said = {**settings, "turns": turns, "beside": beside, "speedup": round(statistics.median(speedups), 4)}
+    print(json.dumps({"program": "loop_overhead", **said}), flush=True)
 
 
 class Watch(L.Callback):
@@ -191,13 +217,14 @@ def measure_memory(rounds: int, clients: int, share: float) -> None:
 def main() -> None:
     """Measure what is asked for; time and memory when nothing is."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", nargs="?", choices=["time", "flower", "memory", "all"], default="all")
+    parser.add_argument("what", nargs="?", choices=["time", "flower", "parallel", "memory", "all"], default="all")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=4, help="Rounds per turn; the first is not counted.")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--clients", type=int, default=300, help="Of `memory`; the others have three.")
+    parser.add_argument("--clients", type=int, help="300 for `memory`, 4 for `parallel`, 3 for the others.")
+    parser.add_argument("--beside", type=int, default=2, help="Of `parallel`: hospitals at a time.")
     given = parser.parse_args()
     if given.rounds < 2 or given.turns < 1:
         parser.error("--rounds: at least 2, of which the first is not counted; --turns: at least 1")
@@ -207,10 +234,14 @@ def main() -> None:
     torch.set_num_threads(1)
     if given.what != "memory":
         with tempfile.TemporaryDirectory() as folder:
-            work = Work(folder, given.rounds, given.steps, given.size, given.batch)
-            measure_time(given.turns, work, given.what == "flower")
+            clients = given.clients or (4 if given.what == "parallel" else 3)
+            work = Work(folder, given.rounds, given.steps, given.size, given.batch, clients)
+            if given.what == "parallel":
+                measure_parallel(given.turns, work, given.beside)
+            else:
+                measure_time(given.turns, work, given.what == "flower")
     if given.what in ("memory", "all"):
-        measure_memory(50, given.clients, 0.1)
+        measure_memory(50, given.clients if given.what == "memory" and given.clients else 300, 0.1)
 
 
 if __name__ == "__main__":

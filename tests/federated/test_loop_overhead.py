@@ -33,6 +33,16 @@ def test_ours_and_the_bare_loop_do_the_same_work(
     }  # fmt: skip
 
 
+def test_hospitals_side_by_side_end_with_the_same_bits(
+    overhead: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = overhead.Work(str(tmp_path), rounds=2, steps=2, size=32, batch=4, clients=2)
+    overhead.measure_parallel(1, work, 2)
+    turn, all_turns = map(json.loads, capsys.readouterr().out.splitlines())
+    assert turn["apart"] == 0 and turn["speedup"] == pytest.approx(turn["alone_s"] / turn["beside_s"], rel=1e-2)
+    assert all_turns["beside"] == 2 and all_turns["speedup"] == turn["speedup"]
+
+
 def test_flower_that_is_not_installed_is_one_line(
     overhead: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
