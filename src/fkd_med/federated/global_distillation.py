@@ -97,10 +97,9 @@ class GlobalDistillation(ClientRule):
 
     def _weight(self, trainer: L.Trainer | None, module: L.LightningModule) -> float:
         """Return the weight in this round."""
-        schedule = self.term.schedule
-        return (
-            self.term.weight if schedule is None else self.term.weight_at(progress_of(vars(module)["clock"], trainer))
-        )
+        if self.term.schedule is None:
+            return self.term.weight
+        return self.term.weight_at(progress_of(vars(module)["clock"], trainer))
 
     def _teacher(self, module: SegmentationModule) -> nn.Module:
         """Return a copy of a module's network with the averaged tensors."""
