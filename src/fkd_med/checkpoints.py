@@ -51,17 +51,21 @@ class LastCheckpoint(ModelCheckpoint):
         )
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put this folder in place of the one a run was moved or copied from, in what all callbacks remember.
+        """Give the callbacks back what Lightning forgets of a run that goes on.
 
-        Lightning forgets the best score so far where the folder's name differs, and the next best would be any.
+        That is the score of the last best, which it saves and does not load; and all it knows of the best so far where
+        the run was moved or copied since: this folder takes the place of that one.
         """
         states = checkpoint.get("callbacks", {})
         old, new = states.get(self.state_key, {}).get("dirpath"), str(self.dirpath)
         folder = os.path.realpath(Path(str(trainer.ckpt_path)).parent)
-        if old is None or old == new or folder != os.path.realpath(new):  # or a checkpoint of another run
+        if old is None or folder != os.path.realpath(new):  # a checkpoint of another run
             return
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                callback.current_score = states.get(callback.state_key, {}).get("current_score")
         for state in states.values():
-            if isinstance(state, dict) and state.get("dirpath") == old:
+            if old != new and isinstance(state, dict) and state.get("dirpath") == old:
                 state.update(_moved(state, old, new))
 
 

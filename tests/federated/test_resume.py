@@ -10,8 +10,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from fkd_med.aggregation import CoordinateMedian, FedAvg, FedAvgM, TrimmedMean
+from fkd_med.checkpoints import LastCheckpoint
 from fkd_med.errors import ConfigError, RunError
 from fkd_med.federated import Federation
 
@@ -173,6 +175,23 @@ def test_more_rounds_go_on_where_a_finished_run_ended(fed, tmp_path, uninterrupt
     _, state = fit(fed, tmp_path, Rounds(opened), resume=True)
     assert opened == [3, 4]
     assert fed.same(state, expected)
+
+
+def test_what_is_said_of_the_best_round_stays_though_no_later_one_is_better(fed, tmp_path, monkeypatch) -> None:
+    """All that the callback has written down, not only what Lightning loads again."""
+
+    def first_only(self: ModelCheckpoint, trainer: Any, current: Any = None) -> bool:
+        return isinstance(self, LastCheckpoint) or not self.best_k_models
+
+    monkeypatch.setattr(ModelCheckpoint, "check_monitor_top_k", first_only)
+    recipe = {"optimizer_state": "keep"}
+    whole, _ = fit(fed, tmp_path / "whole", recipe={"rounds": 3, **recipe})
+    fit(fed, tmp_path / "run", recipe={"rounds": 2, **recipe})
+    again, _ = fit(fed, tmp_path / "run", resume=True, recipe={"rounds": 3, **recipe})
+    told, expected = again.checkpoint_callback.state_dict(), whole.checkpoint_callback.state_dict()
+    assert Path(told["best_model_path"]).name == Path(expected["best_model_path"]).name
+    for name in ("current_score", "best_model_score", "kth_value"):
+        assert expected[name] is not None and told[name] == expected[name], name
 
 
 @pytest.mark.parametrize("carry", [Path.rename, shutil.copytree])

@@ -306,15 +306,23 @@ def fit(root: Path, store: Path, cache: str, epochs: int = 2, **options: Any) ->
     return module, source
 
 
+def flat(module: DistillationModule) -> torch.Tensor:
+    """All parameters of a student in one vector."""
+    return torch.cat([parameter.detach().flatten() for parameter in module.network.parameters()])
+
+
 def test_training_from_the_cache_is_training_from_the_teacher(root: Path, tmp_path: Path) -> None:
     cached, source = fit(root, tmp_path, "logits")
     live, _ = fit(root, tmp_path, "off")
-    torch.manual_seed(0)
-    gap = (live.network.head.weight - SlimUNet().head.weight).abs().max()
-    assert gap > 1e-3  # it did train
     assert source.loads == 1 and cached.teacher is None and live.teacher is None  # neither keeps a teacher after it
-    for name, tensor in live.state_dict().items():
-        torch.testing.assert_close(cached.state_dict()[name], tensor, rtol=2e-2, atol=2e-3, msg=name)
+    torch.manual_seed(0)
+    untaught = DistillationModule(SlimUNet(), losses={"kd": LogitKL(weight=0.0)})
+    start = flat(untaught)
+    L.Trainer(**TRAINER, max_epochs=2).fit(untaught, datamodule=hospitals(root, augmentation=False))
+    moved = (flat(live) - start).norm()
+    assert moved > 0.1  # it did train
+    # Maps are float16, and Adam makes steps of small differences: measured 0.014 and 0.034 on two versions of torch.
+    assert (flat(cached) - flat(live)).norm() < 0.1 * moved < 0.3 * (flat(untaught) - flat(live)).norm()
 
 
 def test_data_workers_read_the_same_maps(root: Path, tmp_path: Path) -> None:
