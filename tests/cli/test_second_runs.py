@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from lightning import Callback
 
+from fkd_med.checkpoints import SafeCheckpointIO
 from fkd_med.cli import main
 from fkd_med.data import Manifest
 from fkd_med.evaluation import ImageTable
+from fkd_med.files import write_error
 
 
 class InterruptInRound(Callback):
@@ -167,3 +172,27 @@ def test_a_test_that_is_made_again_does_not_stand_there_twice(tiny_run: Path, tm
     assert sorted((run / "images.csv").read_text().splitlines()) == sorted(before)
     curves = (run / "metrics.csv").read_text().splitlines()
     assert sum(",test/dice," in line for line in curves) == 1
+
+
+def test_a_disk_that_fills_up_in_the_first_round_alone(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The baseline has written its best checkpoint and not its last: it goes on from the best."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    shutil.rmtree(run / "local")
+    write = SafeCheckpointIO.save_checkpoint
+
+    def full(self: SafeCheckpointIO, checkpoint: dict[str, Any], path: Any, **rest: Any) -> None:
+        if str(path).endswith(os.path.join("local", "checkpoints", "last.ckpt")):
+            raise write_error(Path(path), OSError(errno.ENOSPC, "No space left on device"))
+        write(self, checkpoint, path, **rest)
+
+    monkeypatch.setattr(SafeCheckpointIO, "save_checkpoint", full)
+    assert command(tiny_run, "fit", run, "--ckpt_path=last") == 2
+    assert [path.name for path in (run / "local" / "checkpoints").iterdir()] == ["best-step=1.ckpt"]
+    monkeypatch.undo()
+    assert command(tiny_run, "fit", run, "--ckpt_path=last") == 0
+    assert "exists already" not in capsys.readouterr().err
+    whole, again = (ImageTable.read(folder / "local" / "images.csv").of("test") for folder in (tiny_run, run))
+    assert {row.key: row.dice for row in whole} == {row.key: row.dice for row in again}

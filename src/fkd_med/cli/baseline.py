@@ -8,7 +8,7 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from fkd_med.checkpoints import LastCheckpoint
-from fkd_med.cli.best_weights import best_checkpoint
+from fkd_med.cli.best_weights import best_checkpoint, checkpoint_to_resume
 from fkd_med.cli.repeated import forget_rounds, forget_tests
 from fkd_med.federated import FederatedTrainer
 from fkd_med.federated.quiet import quiet
@@ -30,8 +30,8 @@ def train_alone(trainer: FederatedTrainer, module: SegmentationModule, data: Any
         run_dir: the federated run's folder.
     """
     run = RunDir(run_dir.path / "local")
-    last = run.checkpoints / "last.ckpt"
-    resume = last.exists()
+    last = checkpoint_to_resume(run.checkpoints)
+    resume = last is not None
     goes_on = False
     if trainer.is_global_zero:
         text = _configuration(run, run_dir)
@@ -45,7 +45,7 @@ def train_alone(trainer: FederatedTrainer, module: SegmentationModule, data: Any
     alone.fit_loop.max_epochs = trainer.global_step  # the budget of the run, also if it stopped early
     module.arm = alone.arm()
     with quiet():
-        alone.fit(module, datamodule=data, ckpt_path=str(last) if resume else None)
+        alone.fit(module, datamodule=data, ckpt_path=None if last is None else str(last))
         forget_tests(alone, run)
         alone.test(module, datamodule=data, ckpt_path=best_checkpoint(alone), verbose=False)
 

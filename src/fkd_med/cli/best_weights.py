@@ -27,7 +27,7 @@ def best_checkpoint(trainer: L.Trainer) -> str | None:
 
 def recorded_best(folder: Path) -> Path | None:
     """Return the checkpoint that the run itself holds for its best, as its latest checkpoint says."""
-    latest = latest_checkpoint(folder.glob("last*.ckpt")) or latest_checkpoint(folder.glob("*.ckpt"))
+    latest = checkpoint_to_resume(folder)
     if latest is None:
         return None
     for key, state in read_checkpoint(latest).get("callbacks", {}).items():
@@ -36,6 +36,15 @@ def recorded_best(folder: Path) -> Path | None:
             if path.is_file():
                 return path
     return None
+
+
+def checkpoint_to_resume(folder: Path) -> Path | None:
+    """Return the checkpoint that a run in this folder goes on from, None if no round was closed.
+
+    It is the last one; the best where there is no last: the run was stopped in its first round, after one was written
+    and before the other.
+    """
+    return latest_checkpoint(folder.glob("last*.ckpt")) or latest_checkpoint(folder.glob("*.ckpt"))
 
 
 def latest_checkpoint(paths: Iterable[Path]) -> Path | None:

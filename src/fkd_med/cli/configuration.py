@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 
-from fkd_med.cli.best_weights import latest_checkpoint, recorded_best
+from fkd_med.cli.best_weights import checkpoint_to_resume, latest_checkpoint, recorded_best
 from fkd_med.data import FederatedDataModule
 from fkd_med.errors import ConfigError, RunError
 from fkd_med.ranks import is_first_rank
@@ -121,10 +121,10 @@ def _checkpoint(config: Namespace, command: str, asked: str | None) -> str | Non
         if not Path(asked).is_file():
             raise RunError(f"The checkpoint {asked} does not exist. Give a file, `last` or `best`.")
         return asked
-    best = recorded_best(folder) if asked == "best" else None
-    found = best or latest_checkpoint(folder.glob(f"{asked}*.ckpt"))
-    if found is None and asked == "last":  # a crash in the first round, after its best and before its last was written
-        found = latest_checkpoint(folder.glob("*.ckpt"))
+    if asked == "last":
+        found = checkpoint_to_resume(folder)
+    else:
+        found = recorded_best(folder) or latest_checkpoint(folder.glob("best*.ckpt"))
     if found is None:
         raise RunError(
             f"There is no {asked} checkpoint in {folder}. Start the run without --ckpt_path, or give the "
