@@ -72,7 +72,7 @@ def test_an_image_without_mask_of_a_tested_patient_is_left_out(root: Path, caplo
     left_out = [name for name in gone if split[patients[name]] != "train"]
     assert 0 < len(left_out) < len(gone)
     assert sorted(row.id for row in made.manifest.of(None, "unlabelled")) == sorted(set(gone) - set(left_out))
-    assert f"Left out {len(left_out)} images without mask, since others of their patients" in caplog.text
+    assert f"Left out {len(left_out)} images without mask, since they or others of their patients" in caplog.text
 
 
 def test_masks_are_hidden_by_whole_patients_and_nothing_else_changes(root: Path) -> None:

@@ -15,7 +15,6 @@ from fkd_med.data.check import check_data as read_everything
 from fkd_med.data.contact_sheet import contact_sheet
 from fkd_med.data.manifest import ManifestRow
 from fkd_med.data.masks import MaskCoding, MaskFacts, find_coding, survey_masks
-from fkd_med.data.pairing import OnMissing
 from fkd_med.data.partition import build_manifest
 from fkd_med.data.progress import with_progress
 from fkd_med.data.public import read_public
@@ -93,21 +92,21 @@ def _look_at_public(data: FederatedDataModule, records: list[Record], found: _Fi
 
 def _records(data: FederatedDataModule, found: _Findings) -> list[Record]:
     """Find the images; those without partner are left out, and errors unless the configuration skips them too."""
-    lenient: OnMissing = "unlabelled" if data.on_missing == "unlabelled" else "skip"
-    with collected_warnings() as notes:
-        records = data.layout.records(data.root, lenient)
-    if data.on_missing == lenient:
-        found.notes += notes
-        return records
     with collected_warnings() as accepted:
         try:
-            data.layout.records(data.root, "error")
+            return data.layout.records(data.root, data.on_missing)
         except DataError as error:
-            left_out = [note.removeprefix("Left out ") for note in notes if note not in accepted]
-            found.errors += left_out or [str(error)]
-            if left_out:
-                found.errors[-1] += " Add what is missing, or leave these out with --data.on_missing=skip."
-    found.notes += accepted
+            fault = str(error)
+        finally:
+            found.notes += accepted
+    with collected_warnings() as notes:
+        records = data.layout.records(data.root, "skip")
+    left_out = [note.removeprefix("Left out ") for note in notes if note not in accepted]
+    if data.on_missing == "unlabelled" or not left_out:
+        found.errors.append(fault)  # names the masks without image; images without mask are none
+    else:
+        found.errors += left_out
+        found.errors[-1] += " Add what is missing, or leave these out with --data.on_missing=skip."
     return records
 
 
@@ -126,7 +125,7 @@ def _manifest(data: FederatedDataModule, found: _Findings) -> Manifest | None:
         return None
     try:
         if data.client is not None:
-            data._check_client(data.client)
+            data.manifest.check_client(data.client, str(data.root))
         data._check_batches()
     except DataError as error:
         found.errors.append(str(error))

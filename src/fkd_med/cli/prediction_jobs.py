@@ -36,7 +36,7 @@ def hospital_images(data: FederatedDataModule, client: str | None) -> list[Job]:
     data.prepare_data()
     data.setup("test")
     if client is not None:
-        data._check_client(client)
+        data.manifest.check_client(client, str(data.root))
     return [
         Job(record.image, f"{name}/{record.id}", name)
         for name in data.manifest.clients()

@@ -6,9 +6,7 @@ manifest, the same preprocessing and the same seeded order.
 
 from __future__ import annotations
 
-import difflib
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +26,9 @@ from fkd_med.data.partition import BySite, Partitioner, build_manifest
 from fkd_med.data.preprocessing import Preprocessing
 from fkd_med.data.public import PublicImages, read_public
 from fkd_med.data.records import Record
-from fkd_med.data.sampling import SeededSampler
-from fkd_med.data.unlabelled import MixedSampler, check_masks, check_unlabelled
-from fkd_med.errors import ConfigError, DataError
+from fkd_med.data.sampling import check_fills_batch
+from fkd_med.data.unlabelled import MixedSampler, check_masks, check_unlabelled, without_hidden
+from fkd_med.errors import ConfigError
 from fkd_med.seeding import global_seed
 
 Loader = DataLoader[Item]
@@ -182,20 +180,16 @@ class FederatedDataModule(L.LightningDataModule):
             round: Federated round; -1 for the training of a teacher. Other rounds draw other numbers, and carry
                 `teacher_maps` and unlabelled images if there are any.
         """
+        splits = ("train",) if round < 0 else self._learned_from(client)
+        dataset = self._dataset(client, splits, augment=True, maps=self.teacher_maps if round >= 0 else None)
         scope = (self._seed, round, client or "", *self._ranks())
-        maps = self.teacher_maps if round >= 0 else None
-        if round < 0 or not self.num_unlabelled(client):
-            dataset = self._dataset(client, ("train",), augment=True, maps=maps)
-            return self._loader(dataset, SeededSampler(dataset.ids, *scope), drop_last=True)
-        dataset = self._dataset(client, ("train", UNLABELLED), augment=True, maps=maps)
-        labelled = len(self.manifest.of(client, "train"))
-        sampler = MixedSampler(dataset.ids, labelled, self.batch_size, self.unlabelled, *scope)
-        return self._loader(dataset, sampler, drop_last=True, batch_size=self.batch_size + self.unlabelled)
+        extra = self.unlabelled if dataset.labelled < len(dataset) else 0
+        sampler = MixedSampler(dataset.ids, dataset.labelled, self.batch_size, extra, *scope)
+        return self._loader(dataset, sampler, self.batch_size + extra, drop_last=True)
 
     def client_train_eval_dataloader(self, client: str | None) -> Loader:
         """Training images in order and as they are, then unlabelled ones; for caches and BatchNorm statistics."""
-        splits = ("train", UNLABELLED) if self.num_unlabelled(client) else ("train",)
-        return self._evaluation_loader(self._dataset(client, splits))
+        return self._evaluation_loader(self._dataset(client, self._learned_from(client)))
 
     def client_val_dataloader(self, client: str | None) -> Loader:
         """Validation images of a client (None: of all)."""
@@ -239,13 +233,14 @@ class FederatedDataModule(L.LightningDataModule):
         records = self.layout.records(self.root, self.on_missing)
         self.manifest = self._partition(records)
         if self.client is not None:
-            self._check_client(self.client)
+            self.manifest.check_client(self.client, str(self.root))
         used = {row.id for row in self.manifest.rows}
         records = [record for record in records if record.id in used]
         check_masks(records, self.manifest)
         self._coding = scan_masks(records, self.classes, self.class_values)
         self._reader = SampleReader(self.preprocessing, self._coding)
-        self._records = {record.id: record for record in records}  # last: says that all is read
+        # Last: says that all is read.
+        self._records = {record.id: record for record in without_hidden(records, self.manifest)}
 
     def _partition(self, records: list[Record]) -> Manifest:
         if self.manifest_path is None:
@@ -258,30 +253,18 @@ class FederatedDataModule(L.LightningDataModule):
     def _check_batches(self) -> None:
         """Every client that trains alone must fill a batch; plain Lightning pools them and needs one in all."""
         counts = {client: self.num_examples(client) for client in self.client_names()}
-        needed = self.batch_size * self._ranks()[0]
         pooled = self.trainer is not None and getattr(self.trainer, "federation", None) is None
         if pooled and min(counts.values()) > 0:
             counts = {self.client or f"all {len(counts)} clients pooled": sum(counts.values())}
-        for client, count in counts.items():
-            if count < needed:
-                raise DataError(
-                    f"{self.root}: client {client!r} has {count} training image(s), fewer than one batch of {needed} "
-                    f"(data.batch_size={self.batch_size} on {needed // self.batch_size} device(s)). Lower "
-                    "data.batch_size, lower data.val_fraction and data.test_fraction, or use fewer, larger clients."
-                )
-
-    def _check_client(self, client: str) -> None:
-        known = self.manifest.clients()
-        if client not in known:
-            close = difflib.get_close_matches(client, known, cutoff=0.5) or known[:10]
-            raise DataError(
-                f"data.client: {self.root} has no client named {client!r}; did you mean "
-                f"{' or '.join(map(repr, close))}?"
-            )
+        check_fills_batch(counts, self.batch_size, self._ranks()[0], self.root)
 
     def _ranks(self) -> tuple[int, int]:
         """Return world size and rank: the trainer's, or those of a single process."""
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+
+    def _learned_from(self, client: str | None) -> tuple[str, ...]:
+        """Return the splits that a client's student is trained on."""
+        return ("train", UNLABELLED) if self.num_unlabelled(client) else ("train",)
 
     def _dataset(
         self,
@@ -292,11 +275,10 @@ class FederatedDataModule(L.LightningDataModule):
         maps: Maps | None = None,
     ) -> SegmentationDataset:
         if client is not None:
-            self._check_client(client)
+            self.manifest.check_client(client, str(self.root))
         rows = [row for split in splits for row in self.manifest.of(client, split)]
-        records = [self._records[row.id] for row in rows]
         return SegmentationDataset(
-            [replace(r, mask=None) if row.split == UNLABELLED else r for r, row in zip(records, rows, strict=True)],
+            [self._records[row.id] for row in rows],
             [row.client for row in rows],
             self._reader,
             self.augmentation if augment else None,
@@ -307,19 +289,15 @@ class FederatedDataModule(L.LightningDataModule):
     def _evaluation_loader(self, dataset: SegmentationDataset) -> Loader:
         # Pads so that ranks make equally many steps; metrics drop the doubles by id.
         ranks, rank = self._ranks()
-        return self._loader(dataset, DistributedSampler(dataset, ranks, rank, shuffle=False), drop_last=False)
+        return self._loader(dataset, DistributedSampler(dataset, ranks, rank, shuffle=False), self.batch_size)
 
     def _loader(
-        self,
-        dataset: SegmentationDataset,
-        sampler: DistributedSampler[Any],
-        drop_last: bool,
-        batch_size: int | None = None,
+        self, dataset: SegmentationDataset, sampler: DistributedSampler[Any], batch_size: int, drop_last: bool = False
     ) -> Loader:
         on_gpu = self.trainer is not None and isinstance(self.trainer.accelerator, CUDAAccelerator)
         return DataLoader(
             dataset,
-            batch_size=batch_size or self.batch_size,
+            batch_size=batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
             collate_fn=collate,

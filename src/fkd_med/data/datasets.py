@@ -115,7 +115,7 @@ class SegmentationDataset(Dataset[Item]):
         self.augmentation = augmentation
         self.original = original
         self.maps = maps
-        self.has_unlabelled = any(record.mask is None for record in self.records)
+        self.labelled = sum(record.mask is not None for record in self.records)
 
     @property
     def ids(self) -> list[str]:
@@ -137,7 +137,7 @@ class SegmentationDataset(Dataset[Item]):
             "client": self.clients[position],
             "size": size,
         }
-        if self.has_unlabelled:
+        if self.labelled < len(self.records):
             item["labelled"] = record.mask is not None
             if record.mask is None:
                 item["mask"].fill_(-1)

@@ -7,6 +7,7 @@ pears, and a patient can lie in one client and one split only.
 from __future__ import annotations
 
 import csv
+import difflib
 import hashlib
 import io
 import json
@@ -77,6 +78,15 @@ class Manifest:
     def of(self, client: str | None, split: str) -> list[ManifestRow]:
         """Return the rows of one client (None: of all) in one split, sorted by client and id."""
         return [row for row in self.rows if row.split == split and client in (None, row.client)]
+
+    def check_client(self, client: str, where: str) -> None:
+        """Refuse a client that is not here; DataError names it, `where` it was looked for, and the nearest."""
+        known = self.clients()
+        if client not in known:
+            close = difflib.get_close_matches(client, known, cutoff=0.5) or known[:10]
+            raise DataError(
+                f"data.client: {where} has no client named {client!r}; did you mean {' or '.join(map(repr, close))}?"
+            )
 
     def digest(self, client: str | None, splits: Iterable[str], around: Any) -> str:
         """Return a SHA-256 over the files of a client (None: of all) in some splits; no paths.

@@ -96,31 +96,27 @@ def pair(
     lonely_masks = [path for name, path in masks.items() if name not in wanted]
     pairs: Pairs = {name: (path, masks[mask_name(name)]) for name, path in images.items() if mask_name(name) in masks}
     if on_missing != "unlabelled":
-        report_missing(lonely_images, "images without mask", on_missing)
+        learn = ", or learn from them without with --data.on_missing=unlabelled"
+        report_missing(lonely_images, "images without mask", on_missing, learn)
     report_missing(lonely_masks, "masks without image", on_missing)
     if not pairs:
         raise DataError(
             f"None of {len(images)} images has a mask of its name: {listing([p.name for p in images.values()], 3)}; "
             f"masks: {listing([p.name for p in masks.values()], 3)}. Rename them, or set the layout's mask_suffix."
         )
-    return (
-        pairs if on_missing != "unlabelled" else {name: pairs.get(name, (path, None)) for name, path in images.items()}
-    )
+    if on_missing == "unlabelled":
+        return {name: pairs.get(name, (path, None)) for name, path in images.items()}
+    return pairs
 
 
-def report_missing(paths: list[Path], what: str, on_missing: OnMissing) -> None:
-    """Raise DataError for files without a partner, or log how many are left out."""
+def report_missing(paths: list[Path], what: str, on_missing: OnMissing, otherwise: str = "") -> None:
+    """Raise DataError for files without a partner, or log how many are left out; `otherwise` is one more remedy."""
     if not paths:
         return
     files = f"{len(paths)} {what}: {listing([str(path) for path in paths])}"
     if on_missing != "skip":
-        raise DataError(f"{files}. {_remedy(what)}")
+        raise DataError(f"{files}. Add what is missing, leave these out with --data.on_missing=skip{otherwise}.")
     _log.warning("Left out %s.", files)
-
-
-def _remedy(what: str) -> str:
-    learn = ", or learn from them without with --data.on_missing=unlabelled" if what.startswith("images") else ""
-    return f"Add what is missing, leave these out with --data.on_missing=skip{learn}."
 
 
 def read_clients(path: Path) -> dict[str, Site]:

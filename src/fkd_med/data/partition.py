@@ -131,7 +131,7 @@ def build_manifest(
     """Deal patients to clients, split each client's patients, hash the files.
 
     A split that the records carry (the `split` column of clients.csv) is kept. Images without a mask are
-    ``unlabelled``.
+    ``unlabelled``, or left out (see `with_unlabelled`).
 
     Args:
         records: The whole set, in any order.
@@ -142,8 +142,7 @@ def build_manifest(
         hidden_masks: Share of each client's training images whose masks are not used, by whole patients.
 
     Raises:
-        DataError: Double ids, a patient in two clients or splits, too few patients, an image without a mask that is
-            to validate or test; named.
+        DataError: Double ids, a patient in two clients or splits, too few patients; named.
     """
     ordered = sorted(records, key=lambda record: record.id)
     if not any(record.mask for record in ordered):

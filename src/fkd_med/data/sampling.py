@@ -7,11 +7,13 @@ client, epoch, sample id): the number of workers, a crash or another client's pr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from torch.utils.data import DistributedSampler
 
+from fkd_med.errors import DataError
 from fkd_med.seeding import derive_seed
 
 SeededIndex = tuple[int, int]
@@ -46,3 +48,24 @@ class SeededSampler(DistributedSampler[SeededIndex]):
         padded = np.resize(order, self.total_size)  # repeats from the start
         for index in padded[self.rank :: self.num_replicas].tolist():
             yield index, derive_seed(*scope, self.ids[index])
+
+
+def check_fills_batch(counts: Mapping[str, int], batch_size: int, devices: int, root: Path) -> None:
+    """Refuse clients whose training images with masks do not fill a batch on every device.
+
+    Args:
+        counts: Client -> number of these images.
+        batch_size: Images per batch and device.
+        devices: Number of devices.
+        root: Folder of the data set, for the message.
+
+    Raises:
+        DataError: Names the first such client and the remedies.
+    """
+    for client, count in counts.items():
+        if count < batch_size * devices:
+            raise DataError(
+                f"{root}: client {client!r} has {count} training image(s), fewer than one batch of "
+                f"{batch_size * devices} (data.batch_size={batch_size} on {devices} device(s)). Lower data.batch_size, "
+                "lower data.val_fraction and data.test_fraction, or use fewer, larger clients."
+            )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -26,7 +27,8 @@ def with_unlabelled(
 ) -> dict[str, str]:
     """Say which images are unlabelled: those without a mask, and as many others as are to be hidden.
 
-    Images without a mask of patients who validate or test are left out: training would see who is tested.
+    Images without a mask that are to validate or test, or whose patients do, are left out: nobody can be scored by
+    them, and training would see who is tested.
 
     Args:
         records: The images, with masks and without.
@@ -43,17 +45,17 @@ def with_unlabelled(
     """
     of_patient = {record.patient: splits[record.id] for record in records if record.id in splits}
     away = _hidden_patients(records, clients, splits, hidden, seed)
-    found, seen_in_tests = {}, []
+    found, left_out = {}, []
     for record in records:
         split = splits.get(record.id, UNLABELLED)
-        if record.mask is None and of_patient.get(record.patient) in ("val", "test"):
-            seen_in_tests.append(record.id)
+        if record.mask is None and {record.split, of_patient.get(record.patient)} & {"val", "test"}:
+            left_out.append(record.id)
         else:
             found[record.id] = UNLABELLED if split == "train" and record.patient in away else split
-    if seen_in_tests:
+    if left_out:
         _log.warning(
-            "Left out %d images without mask, since others of their patients are for validation or test: %s.",
-            len(seen_in_tests), listing(seen_in_tests),
+            "Left out %d images without mask, since they or others of their patients are for validation or test: %s.",
+            len(left_out), listing(left_out),
         )  # fmt: skip
     return found
 
@@ -85,6 +87,12 @@ def _hidden_patients(
     return away
 
 
+def without_hidden(records: Sequence[Record], manifest: Manifest) -> list[Record]:
+    """Return the records with the masks that the manifest lets be used: those of unlabelled images are not."""
+    hidden = {row.id for row in manifest.of(None, UNLABELLED)}
+    return [replace(record, mask=None) if record.id in hidden else record for record in records]
+
+
 def check_masks(records: Sequence[Record], manifest: Manifest) -> None:
     """Refuse a manifest that wants masks which are not there; DataError names the images."""
     split = {row.id: row.split for row in manifest.rows}
@@ -107,17 +115,17 @@ def check_unlabelled(hidden: float, number: int | None, manifest: str | None) ->
 
 
 class MixedSampler(SeededSampler):
-    """Yield batches of images with masks, each followed by some without: (index, seed), drawn anew each epoch.
+    """Yield whole batches of images with masks, each followed by some without: (index, seed), drawn anew each epoch.
 
-    Images with masks come exactly as `SeededSampler` brings them where there are no others, so that what learns from
-    masks only sees the same batches. Of the others each batch gets `extra`; an epoch goes through them as often as its
-    batches need, and a repeated image is augmented anew.
+    Images with masks come exactly as `SeededSampler` brings them, whatever the number of others, so that what learns
+    from masks only sees the same batches. Of the others each batch gets `extra`; an epoch goes through them as often as
+    its batches need, and a repeated image is augmented anew.
 
     Args:
         ids: Ids of all images, those with masks first.
         labelled: How many have masks.
         batch: Images with masks in a batch.
-        extra: Images without masks in a batch.
+        extra: Images without masks in a batch; 0 where there are none.
         seed: The run's seed.
         round: Federated round.
         client: The client's name; empty when all are pooled.

@@ -62,13 +62,13 @@ class GlobalDistillation(ClientRule):
             raise ConfigError(f"GlobalDistillation: views must be {', '.join(map(str, NUMBERS))}, not {views}.")
         self.term = LogitKL(temperature, weight, schedule=schedule)
         self.memory, self.views = memory, views
-        self._mean: State = {}  # the teacher's tensors, of those that travel
+        self._mean: State = {}  # of the tensors that travel; empty without memory: then the student itself teaches
         self._logits: list[Tensor] = []  # of the student and of its teacher, in the step of the moment
 
     def begin(self, broadcast: Broadcast, kept: State) -> None:
         """Average the global student with those of earlier rounds."""
         self._logits = []
-        self._mean = mean_of(kept, broadcast.state, self.memory) if self.memory else dict(broadcast.state)
+        self._mean = mean_of(kept, broadcast.state, self.memory) if self.memory else {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep a frozen copy of the student before its first step, and add the term to what it learns from.
@@ -76,7 +76,8 @@ class GlobalDistillation(ClientRule):
         Raises:
             ConfigError: the module is not one of ours, so its loss is not known.
         """
-        if self._weight(trainer, pl_module) == 0:
+        weight = self._weight(trainer, pl_module)
+        if weight == 0:
             return
         if not isinstance(pl_module, SegmentationModule):
             raise ConfigError(
@@ -92,7 +93,6 @@ class GlobalDistillation(ClientRule):
                     self._logits = [logits, before(*arguments)]
 
         self._hook = pl_module.network.register_forward_hook(note)
-        weight = self._weight(trainer, pl_module)
         vars(pl_module)["loss_terms"] = self._added(pl_module.loss_terms, weight)  # for this copy of the module only
 
     def _weight(self, trainer: L.Trainer | None, module: L.LightningModule) -> float:
@@ -104,9 +104,8 @@ class GlobalDistillation(ClientRule):
     def _teacher(self, module: SegmentationModule) -> nn.Module:
         """Return a copy of a module's network with the averaged tensors."""
         teacher = copy.deepcopy(module.network)
-        own = teacher.state_dict()
-        shared = {name.removeprefix("network."): tensor for name, tensor in self._mean.items()}
-        teacher.load_state_dict({**own, **{name: tensor for name, tensor in shared.items() if name in own}})
+        mean = {name.removeprefix("network."): tensor for name, tensor in self._mean.items()}
+        teacher.load_state_dict({name: mean.get(name, tensor) for name, tensor in teacher.state_dict().items()})
         return teacher
 
     def _added(self, terms_of: Terms, weight: float) -> Terms:
@@ -128,8 +127,8 @@ class GlobalDistillation(ClientRule):
             del vars(pl_module)["loss_terms"]
 
     def end(self, trained: State) -> tuple[dict[str, State], State]:
-        """Send nothing; keep the mean, if there is one."""
-        return {}, self._mean if self.memory else {}
+        """Send nothing; keep the mean."""
+        return {}, self._mean
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
