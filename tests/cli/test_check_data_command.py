@@ -121,6 +121,19 @@ def test_skipping_makes_missing_pairs_a_warning(copy: Path, tmp_path: Path, caps
     assert names(copy)[0] not in (tmp_path / "out" / "manifest.csv").read_text()
 
 
+def test_unlabelled_images_are_no_fault_and_lonely_masks_are(copy: Path, tmp_path: Path, capsys: Said) -> None:
+    first, second, *_ = names(copy)
+    (copy / "masks" / f"{first}.png").unlink()
+    given = ("--data.root", copy, "--data.on_missing", "unlabelled")
+    assert check(tmp_path / "out", *given) == 0
+    assert "Error: " not in capsys.readouterr().out
+    (copy / "images" / f"{second}.png").unlink()
+    assert check(tmp_path / "out", *given) == 2
+    said = capsys.readouterr().out
+    assert f"1 masks without image: {copy / 'masks' / second}.png" in said and said.count("Error: ") == 1
+    assert (tmp_path / "out" / "contact_sheet.png").is_file()  # and it went on
+
+
 def test_masks_that_cannot_be_used_and_sites_that_are_unknown(copy: Path, tmp_path: Path, capsys: Said) -> None:
     (copy / "clients.csv").unlink()
     for path in (copy / "masks").glob("*.png"):

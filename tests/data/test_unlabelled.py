@@ -167,6 +167,20 @@ def test_a_given_split_can_say_unlabelled(root: Path) -> None:
     assert hidden and all(splits[row.patient] == "unlabelled" for row in hidden)
 
 
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_an_image_that_is_to_be_scored_and_has_no_mask_is_not_trained_on(root: Path, split: str) -> None:
+    table = root / "clients.csv"
+    head, *lines = table.read_text().splitlines()
+    patients = sorted({line.split(",")[2] for line in lines})
+    splits = {name: ("train", "val", "test")[place % 3] for place, name in enumerate(patients)}
+    table.write_text("\n".join([f"{head},split", *(f"{line},{splits[line.split(',')[2]]}" for line in lines)]) + "\n")
+    whole = module(root).manifest
+    patient = next(row.patient for row in whole.rows if row.split == split)
+    gone = without_masks(root, lambda name: name in {row.id for row in whole.rows if row.patient == patient})
+    made = module(root, on_missing="unlabelled").manifest  # not one image of the patient has a mask
+    assert gone and {row.id for row in whole.rows} - {row.id for row in made.rows} == set(gone)
+
+
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
