@@ -171,6 +171,11 @@ def test_overlay_applies(overlay: str) -> None:
     assert changed, f"{overlay} repeats what {BASE} says"
 
 
+def test_the_recipe_has_the_memory_of_its_own_file() -> None:
+    one, other = (content(CONFIGS / "algorithms" / f"{name}.yaml") for name in ("handover", "mean_teacher"))
+    assert one["federation"] == other["federation"]
+
+
 @pytest.mark.parametrize(("file", "preset"), [(f, p) for f in STUDIES for p in content(CONFIGS / f)["presets"]])
 def test_runs_of_a_study_build(file: str, preset: str, tmp_path: Path) -> None:
     """Every arm of every cell is a configuration that `fkd fit` takes, and is what its settings say."""

@@ -31,7 +31,7 @@ from fkd_med.losses import (
 )
 from fkd_med.modules import DistillationModule, TeacherSource, WarmupCosine
 from fkd_med.modules.schedule import progress_of
-from fkd_med.modules.teacher_cache import Surroundings, cache_key, ensure_maps
+from fkd_med.modules.teacher_cache import Surroundings, cache_key, ensure_maps, image_count
 from fkd_med.networks import ResUNet, SlimUNet
 
 SIDE = 32
@@ -177,6 +177,27 @@ def test_maps_of_views_are_the_mean_answers_to_flipped_images(root: Path, tmp_pa
         )
     plain = ensure_maps(source, "hospital-a", data, [], Surroundings())
     assert plain is not None and plain.folder != maps.folder and source.loads == 2
+
+
+def test_images_without_a_mask_have_caches_of_their_own_and_leave_teachers_alone(tmp_path: Path) -> None:
+    """More of them, and a teacher is found again, but not its answers to fewer images."""
+    root = tmp_path / "data"
+    Phantoms(hospitals=1, images=28, size=SIDE).prepare(root)
+    first, second, *_ = [row for row in hospitals(root).manifest.of("hospital-a", "train")]
+    alike = [row for row in hospitals(root).manifest.rows if row.patient in (first.patient, second.patient)]
+    for row in alike:
+        (root / "masks" / f"{row.id}.png").unlink()
+    source, data = Source(teacher(), tmp_path / "store"), []
+    data.append(hospitals(root, on_missing="skip"))
+    data.append(hospitals(root, on_missing="unlabelled"))
+    (root / "images" / f"{alike[0].id}.png").write_bytes((root / "images" / f"{alike[1].id}.png").read_bytes())
+    data.append(hospitals(root, on_missing="unlabelled"))
+    assert len({each.fingerprint("hospital-a") for each in data}) == 1
+    keys = {cache_key(source, "hospital-a", each, [], "32-true")[0] for each in data}
+    assert len(keys) == 3
+    maps = ensure_maps(source, "hospital-a", data[1], [], Surroundings())
+    assert image_count(data[1], "hospital-a") == len(data[1].client_train_eval_dataloader("hospital-a").dataset)
+    assert maps is not None and maps.read(alike[0].id)["logits"].shape == (1, SIDE, SIDE)
 
 
 @pytest.mark.parametrize("views", [4, 8])
