@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ NETWORKS = [name(path) for path in FILES if "class_path" in content(path) and na
 STUDIES = [name(path) for path in FILES if "arms" in content(path)]
 OVERLAYS = [name(path) for path in FILES if name(path) not in {*WHOLE, *DATA, *NETWORKS, *STUDIES}]
 LOSSES = [file for file in OVERLAYS if file.startswith("distillation/")]
+NAMED_AND_NOT = ["cvc_clinicdb/distill_central.yaml", "folder/fkd_resunet.yaml"]  # losses, in the configuration itself
 STUDENTS = [file for file in OVERLAYS if file.startswith("students/")]
 
 
@@ -118,8 +120,7 @@ def test_backbone_is_student_or_teacher(file: str) -> None:
         assert logits(network, built.datamodule) == (2, 1, 64, 64)
 
 
-@pytest.mark.parametrize("file", LOSSES)
-@pytest.mark.parametrize("base", ["cvc_clinicdb/distill_central.yaml", "folder/fkd_resunet.yaml"])
+@pytest.mark.parametrize(("file", "base"), list(zip(LOSSES, cycle(NAMED_AND_NOT), strict=False)))
 def test_losses_are_the_terms_of_their_file(file: str, base: str) -> None:
     """They replace those of the configuration, whether it names some or not; single values still follow."""
     built = build(base, file, arguments=("--model.losses.logit_kl.weight", "0.5"))
@@ -176,12 +177,22 @@ def test_the_recipe_has_the_memory_of_its_own_file() -> None:
     assert one["federation"] == other["federation"]
 
 
-@pytest.mark.parametrize(("file", "preset"), [(f, p) for f in STUDIES for p in content(CONFIGS / f)["presets"]])
-def test_runs_of_a_study_build(file: str, preset: str, tmp_path: Path) -> None:
+def runs_of_studies() -> Iterator[Any]:
+    """Name the studies, presets and data; the first data's runs are tested always."""
+    for file in STUDIES:
+        for preset in content(CONFIGS / file)["presets"]:
+            for place, data in enumerate(content(CONFIGS / file)["data"]):
+                slow = place > 0 or preset == "tiny"  # which test_reproduce_command.py runs
+                yield pytest.param(file, preset, data, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize(("file", "preset", "data"), runs_of_studies())
+def test_runs_of_a_study_build(file: str, preset: str, data: str, tmp_path: Path) -> None:
     """Every arm of every cell is a configuration that `fkd fit` takes, and is what its settings say."""
     study = read_study(CONFIGS / file)
     one = Selection(seeds=[3], roots=dict.fromkeys(study.data, str(tmp_path)))
-    for job in jobs_of(study, study.preset(preset), CONFIGS, tmp_path / "out", one):
+    jobs = [job for job in jobs_of(study, study.preset(preset), CONFIGS, tmp_path / "out", one) if job.data == data]
+    for job in jobs:
         job.prepare()
         files = [Path(text) for text in job.arguments()[2::2]]
         settings = leaves(content(files[-1]))
@@ -228,10 +239,7 @@ def test_print_config_parses_again(file: str, tmp_path: Path, capsys: pytest.Cap
 
 def dump(built: Built) -> dict[str, Any]:
     """Return the settled configuration of a command, without the names of its files."""
-    text = built.parser.dump(built.config, skip_none=False, skip_link_targets=False)
-    settled = yaml.safe_load(text)
-    settled = settled.get("fit", settled)
-    return {key: value for key, value in settled.items() if key != "config"}
+    return {key: value for key, value in built.config_dump.items() if key != "config"}
 
 
 def leaves(tree: Any, key: str = "") -> dict[str, Any]:

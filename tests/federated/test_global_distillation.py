@@ -119,6 +119,8 @@ def test_it_can_begin_later_in_the_run(fed, tmp_path) -> None:
 
 def test_images_without_a_mask_are_learned_from(fed, tmp_path) -> None:
     class HalfLabelled(fed.Hospitals):
+        brightness = 1.0  # of the images without a mask
+
         def client_train_dataloader(self, client, round=0):
             loader = super().client_train_dataloader(client, round)
             collate = loader.collate_fn
@@ -127,6 +129,7 @@ def test_images_without_a_mask_are_learned_from(fed, tmp_path) -> None:
                 batch = collate(items)
                 batch["labelled"] = [place % 2 == 0 for place in range(len(items))]
                 batch["mask"][1::2] = -1
+                batch["image"][1::2] *= self.brightness
                 return batch
 
             loader.collate_fn = hide
@@ -141,9 +144,13 @@ def test_images_without_a_mask_are_learned_from(fed, tmp_path) -> None:
         )  # fmt: skip
         return worker.fit("c", Broadcast(1, fed.weights(worker.module)))
 
+    class Brighter(HalfLabelled):
+        brightness = 2.0
+
     without, taught = trained(HalfLabelled()), trained(HalfLabelled(), GlobalDistillation(weight=3.0))
     assert "train/global_kd" not in without.metrics and taught.metrics["train/global_kd"] > 0
-    assert not fed.same(without.state, taught.state)
+    assert not fed.same(taught.state, trained(Brighter(), GlobalDistillation(weight=3.0)).state)
+    assert fed.same(without.state, trained(Brighter()).state), "without the rule they are passed over"
 
 
 def test_a_weight_of_zero_is_training_without_it(fed, tmp_path) -> None:

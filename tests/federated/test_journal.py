@@ -258,3 +258,14 @@ def test_what_a_client_keeps_is_part_of_what_it_starts_from(fed, tmp_path) -> No
     loop.states.save("a", 1, kept)
     after = {client: Openings(loop._worker).digest(client, broadcast) for client in "ab"}
     assert before["a"] != after["a"] and before["b"] == after["b"]
+
+
+def test_images_without_masks_are_part_of_what_a_client_starts_from(fed, tmp_path) -> None:
+    trainer = fed.trainer(tmp_path, Federation(rounds=1))
+    trainer.fit(fed.student(), datamodule=fed.Hospitals())
+    loop = trainer.fit_loop
+    broadcast = Broadcast(2, loop._state(), {})
+    before = {client: Openings(loop._worker).digest(client, broadcast) for client in "ab"}
+    loop._worker.data.unlabelled_fingerprint = lambda client: "more" if client == "a" else ""
+    after = {client: Openings(loop._worker).digest(client, broadcast) for client in "ab"}
+    assert before["a"] != after["a"] and before["b"] == after["b"]

@@ -142,7 +142,10 @@ RECIPES: dict[str, tuple[Callable[[Path], Any], Callable[[], dict[str, Any]]]] =
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", RECIPES)
+SLOW = ("scaffold, data workers", "shared teachers, live", "alone")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in RECIPES])
 def test_side_by_side_gives_the_same_bits(fed: Any, root: Path, tmp_path: Path, name: str) -> None:
     module, recipe = RECIPES[name]
     if name == "trouble":
@@ -170,7 +173,11 @@ def trouble(tmp_path: Path) -> Callable[[str], Trouble]:
     [
         ("raises", "Client hospital-b is in trouble."),
         ("killed", "Client hospital-b: the process that trained it was killed (SIGKILL; out of memory?)."),
-        ("hangs", "Client hospital-b: the process that trained it did nothing for 0.2 minutes and was ended."),
+        pytest.param(
+            "hangs",
+            "Client hospital-b: the process that trained it did nothing for 0.2 minutes and was ended.",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_failure_is_one_clients_if_the_quorum_holds(
@@ -191,7 +198,7 @@ def test_a_failure_is_one_clients_if_the_quorum_holds(
     assert len(pids) >= 2 and not any(map(is_running, pids))
 
 
-@pytest.mark.parametrize("kind", ["killed", "breaks"])
+@pytest.mark.parametrize("kind", ["killed", pytest.param("breaks", marks=pytest.mark.slow)])
 def test_a_run_that_a_failure_ends_is_resumed_bit_for_bit(
     fed: Any, root: Path, tmp_path: Path, trouble: Any, kind: str
 ) -> None:

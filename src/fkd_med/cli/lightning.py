@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -19,7 +20,7 @@ from fkd_med.cli.processes import check_started
 from fkd_med.cli.repeated import forget_rounds
 from fkd_med.cli.report import Report
 from fkd_med.cli.resume import accepted_changes, check_processes, record_changes, repeatable
-from fkd_med.cli.stored import quiet_tuples, settled_text
+from fkd_med.cli.stored import as_yaml, quiet_tuples, settled_text
 from fkd_med.cli.wandb_parts import record_part, recorded_parts
 from fkd_med.data import FederatedDataModule
 from fkd_med.errors import RunError
@@ -30,6 +31,15 @@ from fkd_med.files import atomic_write_text
 from fkd_med.modules import SegmentationModule
 from fkd_med.ranks import is_first_rank
 from fkd_med.tracking import ImageRecorder, MetricsCSV, WandbLogger
+
+_GIVEN = {"model", "dataloaders", "datamodule", "weights_only"}
+# The commands that go through Lightning, and their arguments that come from the configuration.
+_HIDDEN = {
+    "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
+    "validate": _GIVEN,
+    "test": _GIVEN,
+    "teachers": {"model", "datamodule"},
+}
 
 
 def run_lightning(command: str, arguments: list[str]) -> None:
@@ -48,6 +58,7 @@ class FkdCLI(LightningCLI):
 
     def __init__(self, arguments: list[str], stack: ExitStack) -> None:
         self.stack = stack
+        self.command = arguments[0]
         self.changes: list[Change] = []
         self.unwritten: str | None = None  # the configuration, until it is in the run directory
         self.console = wide_console()
@@ -68,16 +79,9 @@ class FkdCLI(LightningCLI):
 
     # --- the parser -------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Return the commands that go through Lightning, and the arguments the command line does not show."""
-        given = {"model", "dataloaders", "datamodule", "weights_only"}
-        return {
-            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
-            "validate": given,
-            "test": given,
-            "teachers": {"model", "datamodule"},
-        }
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning asks the object
+        """Return the command at hand, as the others' parsers cost time, and the arguments it does not show."""
+        return {self.command: _HIDDEN[self.command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the keys of ours: federation, run_dir, overwrite, resume, test_after_fit, checkpoint."""
@@ -146,6 +150,11 @@ class FkdCLI(LightningCLI):
         """Build everything, without Lightning's notices about the machine."""
         with quiet():
             super().instantiate_classes()
+
+    def _dump_config(self) -> None:
+        """Note what the networks' hyperparameters are, as Lightning does, without validating everything again."""
+        if not hasattr(self, "config_dump"):
+            self.config_dump = yaml.safe_load(as_yaml(self.parser, self.config))[self.subcommand]
 
     def _set_seed(self) -> None:
         with quiet():
