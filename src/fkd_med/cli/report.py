@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import lightning as L
@@ -189,23 +190,18 @@ class Report:
         ledger, link = Ledger(self.run_dir.ledger), federation.link
         clients = sorted({row.client for row in ledger.rows})
 
-        def traffic(name: str, network: nn.Module, up: float, down: float) -> Traffic:
-            return Traffic(name, count_parameters(network), up, down, link.slowest(clients, up, down))
+        def traffic(name: str, parameters: int, up: float, down: float) -> Traffic:
+            return Traffic(name, parameters, up, down, link.slowest(clients, up, down))
 
         what = "logits of the student" if federation.keeps_students else "student"
-        sent = traffic(what, model.network, ledger.mean_per_message("up"), ledger.mean_per_message("down"))
-        instead: list[tuple[str, nn.Module]] = []
+        sent = traffic(
+            what, count_parameters(model.network), ledger.mean_per_message("up"), ledger.mean_per_message("down")
+        )
         source = model.teacher_source if isinstance(model, DistillationModule) else None
         teacher = source.architecture() if source is not None else None
-        if teacher is not None:
-            instead.append((f"this teacher ({type(teacher).__name__})", teacher))
-        shape = {"in_channels": info["in_channels"], "classes": info["classes"]}
-        with torch.device("meta"):
-            instead += [("ResUNet, full", ResUNet(**shape)), ("TransUNet, full", TransUNet(**shape, img_size=256))]
-        lines = []
-        for name, network in instead:
-            size = counterfactual_bytes(network.state_dict())
-            lines.append(traffic(name, network, size, size))
+        instead = [] if teacher is None else [_sized(f"this teacher ({type(teacher).__name__})", teacher)]
+        instead += _full_networks(info["in_channels"], info["classes"])
+        lines = [traffic(name, parameters, size, size) for name, parameters, size in instead]
         rounds = max((row.round for row in ledger.rows), default=0)
         shared = ledger.total(section=TEACHER, direction="up"), ledger.total(section=TEACHER, direction="down")
         total = ledger.total() - sum(shared)
@@ -221,3 +217,19 @@ class Report:
             if hasattr(logger, "log_image"):
                 logger.log_image("test/pictures", [str(paths[0])])
         self.console.print(f"Pictures: {paths[0]}", highlight=False, soft_wrap=True)
+
+
+def _sized(name: str, network: nn.Module) -> tuple[str, int, int]:
+    """Return a name, a network's number of parameters, and the bytes of a message with all of it."""
+    return name, count_parameters(network), counterfactual_bytes(network.state_dict())
+
+
+@cache
+def _full_networks(in_channels: int, classes: int) -> list[tuple[str, int, int]]:
+    """Return the full teachers, `_sized`: what federations without distillation send."""
+    with torch.device("meta"):
+        full = {
+            "ResUNet, full": ResUNet(in_channels=in_channels, classes=classes),
+            "TransUNet, full": TransUNet(in_channels=in_channels, classes=classes, img_size=256),
+        }
+    return [_sized(name, network) for name, network in full.items()]

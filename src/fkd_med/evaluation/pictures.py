@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import Normal, Stroke
@@ -247,11 +248,13 @@ def _tile_size(height: int, width: int, longest: float = _TILE) -> tuple[float, 
 
 
 def _render(figure: Figure, path: Path | None) -> Picture:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", pil_kwargs={"compress_level": 1})  # the default is five times slower
+    canvas: Any = FigureCanvasAgg(figure)  # savefig lays everything out twice
+    canvas.draw()
+    pixels: Picture = np.asarray(canvas.buffer_rgba())[..., :3].copy()
     if path is not None:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "png", compress_level=1)  # the default is five times slower
         atomic_write_bytes(path, buffer.getvalue())
-    pixels: Picture = np.asarray(Image.open(buffer).convert("RGB"))
     return pixels
 
 
