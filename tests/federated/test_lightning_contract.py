@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import inspect
 import signal
+from functools import cache
+from importlib.metadata import EntryPoint
 
 import lightning as L
 import pytest
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.fabric.utilities import registry
+from lightning.pytorch.callbacks import Checkpoint, DeviceStatsMonitor
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer import call
 
-from fkd_med.federated.inner import inner_trainer
+from fkd_med.federated import inner
+from fkd_med.federated.inner import as_list, inner_trainer
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +92,21 @@ def test_checkpoint_callbacks_run_last() -> None:
     first, last = L.Callback(), type("Mine", (Checkpoint,), {})()
     made = L.Trainer(accelerator="cpu", logger=False, callbacks=[last, first], enable_progress_bar=False)
     assert made.callbacks.index(last) > made.callbacks.index(first)  # type: ignore[attr-defined]
+
+
+def test_inner_trainers_share_one_look_for_plug_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Callbacks that another package announces are in each, as in any Trainer."""
+    looked: list[str] = []
+
+    def entry_points(group: str) -> list[EntryPoint]:
+        looked.append(group)
+        return [EntryPoint(name="timer", value="lightning.pytorch.callbacks:DeviceStatsMonitor", group=group)]
+
+    before = registry.entry_points  # type: ignore[attr-defined]
+    monkeypatch.setattr(inner, "entry_points", entry_points)
+    monkeypatch.setattr(inner, "_entry_points", cache(inner._entry_points.__wrapped__))
+    for _ in range(2):
+        made = inner_trainer({"accelerator": "cpu", "devices": 1})
+        assert any(isinstance(callback, DeviceStatsMonitor) for callback in as_list(made.callbacks))  # type: ignore[attr-defined]
+    assert looked == ["lightning.pytorch.callbacks_factory"]
+    assert registry.entry_points is before  # type: ignore[attr-defined]

