@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from jsonargparse import lazy_instance
@@ -22,6 +23,11 @@ from fkd_med.federated.public_digest import shared_logits
 from fkd_med.federated.rules import ClientRule, supplied
 from fkd_med.federated.server_distillation import ServerDistillation
 from fkd_med.federated.sharing import check_consent
+
+# Made when first used. jsonargparse looks for its caller through every frame of the stack, which takes two seconds of
+# an import's deep one, and nothing of a thread's.
+with ThreadPoolExecutor(1) as _thread:
+    _AGGREGATOR, _FIREWALL = _thread.map(lambda kind: lazy_instance(kind), (FedAvg, Firewall))
 
 
 class Federation:
@@ -69,11 +75,11 @@ class Federation:
         rounds: int = 20,
         local_epochs: int = 1,
         local_steps: int | None = None,
-        aggregator: Aggregator | None = lazy_instance(FedAvg),  # noqa: B008 - made when first used
+        aggregator: Aggregator | None = _AGGREGATOR,
         fraction: float = 1.0,
         participation: Participation | None = None,
         quorum: float = 1.0,
-        firewall: Firewall | None = lazy_instance(Firewall),  # noqa: B008 - made when first used
+        firewall: Firewall | None = _FIREWALL,
         server_distillation: ServerDistillation | None = None,
         client_rules: list[ClientRule] | None = None,
         share_logits: bool = False,
