@@ -52,6 +52,12 @@ def tiny_configuration(folder: Path) -> dict[str, object]:
     }
 
 
+@pytest.fixture(autouse=True)
+def _fewer_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the overview of a run and not its six panels; `tiny_run` and the tests of pictures have them all."""
+    monkeypatch.setattr("fkd_med.evaluation.pictures.panel", lambda *given: given[-1].touch())
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a finished run: 2 hospitals, 2 rounds, with teachers and the local-only baseline.

@@ -28,6 +28,7 @@ def overlay(folder: Path, **federation: Any) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_feddf_with_a_baseline(tiny_run: Path, public: Path, tmp_path: Path, capsys) -> None:
     method = {"class_path": "fkd_med.federated.FedDF", "init_args": {"steps": 2, "batch_size": 4}}
     given = ["--config", str(tiny_run.parents[1] / "tiny.yaml")]

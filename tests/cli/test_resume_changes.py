@@ -127,6 +127,7 @@ def test_all_changes_are_listed_and_each_is_accepted_by_name(checked, capsys) ->
     assert checked(*TWO, "--resume.allow", "federation.rounds", "--resume.allow=federation.init_args.aggregator") == 0
 
 
+@pytest.mark.slow
 def test_the_settings_of_an_aggregator_are_compared(checked, run, capsys) -> None:
     aggregator = "federation:\n  init_args:\n    aggregator:\n      class_path: fkd_med.aggregation.TrimmedMean\n"
     stored = yaml.safe_load((run / "config.yaml").read_text())
@@ -146,9 +147,9 @@ def test_the_settings_of_an_aggregator_are_compared(checked, run, capsys) -> Non
     ("key", "words"),
     [
         ("federation.round", "no such key. Did you mean federation.rounds"),
-        ("data.numworkers", "data.num_workers"),
+        pytest.param("data.numworkers", "data.num_workers", marks=pytest.mark.slow),
         ("data.num_workers", "it is as the run has it. Changed: federation.rounds."),
-        ("xyz", "docs/configuration.md"),
+        pytest.param("xyz", "docs/configuration.md", marks=pytest.mark.slow),
     ],
 )
 def test_an_allowance_for_nothing_is_an_error(checked, capsys, key, words) -> None:
@@ -190,6 +191,7 @@ def test_an_unreadable_configuration_of_the_run_is_refused(checked, run, capsys)
     assert "is not there" in text(capsys)
 
 
+@pytest.mark.slow
 def test_an_open_number_of_threads_is_what_the_run_used(checked, run, capsys) -> None:
     stored = yaml.safe_load((run / "config.yaml").read_text())
     stored["federation"]["init_args"]["threads"] = None
@@ -200,6 +202,7 @@ def test_an_open_number_of_threads_is_what_the_run_used(checked, run, capsys) ->
     assert "federation.threads: 1 -> 2" in text(capsys)
 
 
+@pytest.mark.slow
 def test_an_accepted_change_is_recorded_and_the_same_command_works_again(tiny_run, run, capsys) -> None:
     started = (run / "config.yaml").read_text()
     options = (
@@ -297,6 +300,7 @@ def of_two_processes(run: Path, devices: object) -> None:
     (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_is_another_run(checked, capsys) -> None:
     assert checked("--trainer.devices=2") == 2
     assert "trainer.devices: auto -> '2'" in text(capsys)
@@ -304,6 +308,7 @@ def test_another_number_of_processes_is_another_run(checked, capsys) -> None:
     assert "changed" not in text(capsys)
 
 
+@pytest.mark.slow
 def test_devices_left_open_are_counted(tiny_run, run, checked, monkeypatch, capsys) -> None:
     of_two_processes(run, "auto")
     assert checked("--trainer.devices=2") == 0  # what auto was

@@ -79,6 +79,7 @@ def test_other_weights_are_shown_and_not_kept(tiny_run: Path, tmp_path: Path) ->
     assert (run / "images.csv").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_resume_keeps_the_split_when_the_data_have_grown(tiny_run: Path, tmp_path: Path) -> None:
     data, run = tmp_path / "set", tmp_path / "run"
     shutil.copytree(tiny_run.parents[1] / "phantoms", data)
@@ -109,6 +110,7 @@ def test_without_test_images_the_student_is_still_written(
     assert "no test images" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_without_a_test_the_student_is_still_written(tiny_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert command(tiny_run, "fit", run, *SHORT) == 0
@@ -125,6 +127,7 @@ def test_one_hospital_of_several_may_train(tiny_run: Path, tmp_path: Path, aggre
     assert clients == ({"hospital-a"} if alone else {"hospital-a", "hospital-b"})
 
 
+@pytest.mark.slow
 def test_the_baseline_has_the_budget_of_a_run_that_stopped_early(tiny_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     early = (

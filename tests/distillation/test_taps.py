@@ -98,6 +98,7 @@ def test_gradients_flow_through_a_tap() -> None:
     assert network.stem.weight.grad is not None and network.head[1].weight.grad is None
 
 
+@pytest.mark.slow
 def test_a_compiled_network_gives_the_same_maps_at_every_step() -> None:
     network = SlimUNet()
     paths = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d)][:2]

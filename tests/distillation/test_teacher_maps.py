@@ -25,6 +25,7 @@ import pytest
 from fkd_med.distillation.teacher_maps import TeacherMaps, maps_bytes, write_maps
 from fkd_med.errors import RunError
 from fkd_med.files import remove_leftovers
+from slowly import slow_but
 
 KEY = "0123abcd"
 IDS = ["a", "b", "with spaces", "Köln/眼底 7.png", "../../up"]
@@ -142,7 +143,7 @@ def _read_into(maps: TeacherMaps, queue: Any) -> None:
     queue.put({id: maps.read(id) for id in IDS})
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", slow_but(["fork"], ["fork", "spawn"]))
 def test_other_processes_read_the_same(tmp_path: Path, method: Any) -> None:
     maps = written(tmp_path / "maps")
     maps.read("b")  # a fork then inherits the mapping

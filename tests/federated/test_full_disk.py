@@ -16,6 +16,7 @@ from fkd_med.checkpoints import read_checkpoint, write_checkpoint
 from fkd_med.errors import RunError
 from fkd_med.evaluation import ImageTable
 from fkd_med.federated import Federation
+from slowly import slow_but
 
 ROUNDS = 3
 TABLES = ("ledger.csv", "images.csv", "metrics.csv")
@@ -105,7 +106,11 @@ def test_a_run_ends_clearly_and_goes_on_exactly(fed, tmp_path, whole, disk) -> N
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="this system does not tell which file a descriptor is")
-@pytest.mark.parametrize("disk", ["teacher.safetensors", "teacher.json", "training/last.ckpt"], indirect=True)
+@pytest.mark.parametrize(
+    "disk",
+    slow_but(["teacher.json"], ["teacher.safetensors", "teacher.json", "training/last.ckpt"]),
+    indirect=True,
+)
 def test_a_teacher_that_cannot_be_kept_is_trained_again(fed, tmp_path, disk) -> None:
     def taught(name: str) -> Any:
         return fed.distilled(tmp_path / name, source=fed.teacher_stage(tmp_path / name, epochs=1))

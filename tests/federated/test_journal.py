@@ -17,6 +17,7 @@ from fkd_med.communication import Broadcast, Int4, Packing
 from fkd_med.federated import Chaos, Federation, ScaffoldRule
 from fkd_med.federated import journal as journal_module
 from fkd_med.federated.opening import Openings
+from slowly import slow_but
 
 FILES = ("ledger.csv", "images.csv", "metrics.csv", "absences.csv")
 ROUNDS, OPEN = 3, 2
@@ -142,7 +143,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", slow_but(list(DAMAGES)[::3], DAMAGES))
 def test_what_does_not_agree_is_trained_again(fed, tmp_path, damage) -> None:
     recipe = {"optimizer_state": "keep", "batch_norm": "local"}
     expected, _, _ = fit(fed, tmp_path / "whole", **recipe)

@@ -33,6 +33,7 @@ def test_ours_and_the_bare_loop_do_the_same_work(
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_hospitals_side_by_side_end_with_the_same_bits(
     overhead: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

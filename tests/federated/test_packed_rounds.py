@@ -79,7 +79,7 @@ def test_clients_train_from_what_was_decoded_and_it_is_what_is_combined(fed, tmp
     assert fed.same(fed.weights(module), aggregate(FedAvg(), broadcast, updates))
 
 
-@pytest.mark.parametrize("codec", [Int4(), TopK(fraction=0.1)])
+@pytest.mark.parametrize("codec", [Int4(), pytest.param(TopK(fraction=0.1), marks=pytest.mark.slow)])
 def test_residuals_survive_a_resume(fed, tmp_path, codec) -> None:
     recipe = {"uplink": Packing(codec, of="delta", error_feedback=True)}
     whole, _ = run(fed, tmp_path / "whole", **recipe)

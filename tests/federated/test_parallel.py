@@ -31,6 +31,7 @@ from fkd_med.federated import crew as crew_module
 from fkd_med.losses import HintMSE, LogitKL
 from fkd_med.modules import DistillationModule, MutualDistillationModule, SegmentationModule
 from fkd_med.networks import ResUNet, SlimUNet
+from slowly import slow_but
 
 CLIENTS = ("hospital-a", "hospital-b", "hospital-c")
 ADAM, SGD = partial(torch.optim.Adam, lr=0.01), partial(torch.optim.SGD, lr=0.05)
@@ -142,10 +143,7 @@ RECIPES: dict[str, tuple[Callable[[Path], Any], Callable[[], dict[str, Any]]]] =
 }  # fmt: skip
 
 
-SLOW = ("scaffold, data workers", "shared teachers, live", "alone")
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in RECIPES])
+@pytest.mark.parametrize("name", slow_but(["all that clients keep, and connectors", "trouble"], RECIPES))
 def test_side_by_side_gives_the_same_bits(fed: Any, root: Path, tmp_path: Path, name: str) -> None:
     module, recipe = RECIPES[name]
     if name == "trouble":
@@ -171,7 +169,7 @@ def trouble(tmp_path: Path) -> Callable[[str], Trouble]:
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
-        ("raises", "Client hospital-b is in trouble."),
+        pytest.param("raises", "Client hospital-b is in trouble.", marks=pytest.mark.slow),
         ("killed", "Client hospital-b: the process that trained it was killed (SIGKILL; out of memory?)."),
         pytest.param(
             "hangs",

@@ -16,6 +16,7 @@ from fkd_med.aggregation import CoordinateMedian, FedAvg, FedAvgM, TrimmedMean
 from fkd_med.checkpoints import LastCheckpoint
 from fkd_med.errors import ConfigError, RunError
 from fkd_med.federated import Federation
+from slowly import slow_but
 
 FILES = ("ledger.csv", "images.csv", "metrics.csv", "best.txt")
 ROUNDS = 4
@@ -121,7 +122,7 @@ def test_killed_twice(fed, tmp_path, uninterrupted) -> None:
     assert texts(tmp_path) == texts(whole)
 
 
-@pytest.mark.parametrize("lightnings", [False, True])
+@pytest.mark.parametrize("lightnings", slow_but([False], [False, True]))
 @pytest.mark.parametrize("hook", ["on_train_epoch_start", "on_validation_end"])
 def test_evaluating_every_second_round(fed, tmp_path, hook, lightnings) -> None:
     """Lightning's own last.ckpt then is written inside the evaluation; the round it closes is not repeated."""

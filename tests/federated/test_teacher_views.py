@@ -16,6 +16,7 @@ from fkd_med.federated import EnsembleTeachers, FederatedTrainer, Federation, Te
 from fkd_med.modules import DistillationModule, SegmentationModule, freeze
 from fkd_med.modules.teacher_cache import cache_key
 from fkd_med.networks import ResUNet, SlimUNet
+from slowly import slow_but
 
 SIDE = 32
 
@@ -106,7 +107,7 @@ class Stop(L.Callback):
         trainer.should_stop = True
 
 
-@pytest.mark.parametrize("cache", ["logits", "off"])
+@pytest.mark.parametrize("cache", slow_but(["logits"], ["logits", "off"]))
 def test_a_resume_is_exact(fed, root, tmp_path, cache) -> None:
     def build() -> DistillationModule:
         return distilled(fed, stage(fed, tmp_path), teacher_cache=cache)

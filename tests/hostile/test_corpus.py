@@ -16,12 +16,13 @@ from hostile_weights import WEIGHTS
 from hostile_yaml import YAML
 
 from fkd_med.cli import main
+from slowly import slow_where
 
 CORPUS = IMAGES | TABLES | YAML | WEIGHTS | RUNS
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("name", CORPUS)
+@pytest.mark.parametrize("name", slow_where(CORPUS, set(list(RUNS)[1::2]).__contains__))
 def test_corpus(name: str, templates: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     case, place = CORPUS[name], Place(tmp_path, templates)
     arguments = case.prepare(place)

@@ -19,6 +19,7 @@ from fkd_med.networks import (
     forward_padded,
     network_from_spec,
 )
+from slowly import slow_but
 
 STUDENTS = [SlimUNet, LargeKernelUNet, AxialUNet, ContextUNet]
 COUNTS = {  # of (in_channels, classes)
@@ -101,7 +102,7 @@ def test_a_seed_makes_the_same_student(student: type[nn.Module]) -> None:
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-@every_student
+@pytest.mark.parametrize("student", slow_but([SlimUNet], STUDENTS), ids=lambda student: student.__name__)
 def test_compiles_in_one_graph(student: type[nn.Module]) -> None:
     torch.manual_seed(0)
     network, x = student().eval(), torch.randn(1, 3, 32, 32)
