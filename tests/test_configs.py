@@ -25,6 +25,7 @@ from fkd_med.losses import DistillationTerm, WeightSchedule
 from fkd_med.modules import DistillationModule
 from fkd_med.networks import PARAMETER_BOUND, count_parameters, forward_padded
 from fkd_med.study import Selection, jobs_of
+from slowly import slow_but, slow_where
 
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 
@@ -109,7 +110,7 @@ def test_data_config_builds(file: str) -> None:
     assert built.datamodule.root == Path(content(CONFIGS / file)["init_args"]["root"])
 
 
-@pytest.mark.parametrize("file", NETWORKS)
+@pytest.mark.parametrize("file", slow_but(NETWORKS[:1], NETWORKS))
 def test_backbone_is_student_or_teacher(file: str) -> None:
     arguments = ("--model.network", str(CONFIGS / file))
     arguments += ("--model.teacher.module.network", str(CONFIGS / file), "--data.image_size", "64")
@@ -154,7 +155,7 @@ def base() -> dict[str, Any]:
     return leaves(dump(build(BASE)))
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("overlay", slow_where(OVERLAYS, set(LOSSES[1:]).__contains__))
 def test_overlay_applies(overlay: str) -> None:
     """What an overlay says is what the base configuration then says, and nothing else changes."""
     before, after = base(), leaves(dump(build(BASE, overlay)))

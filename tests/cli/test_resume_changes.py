@@ -115,6 +115,7 @@ def test_what_decides_is_refused_with_its_line_and_the_remedy(checked, run, caps
     assert checked(*DECIDE, f"--resume.allow=[{', '.join(keys)}]") == 0
 
 
+@pytest.mark.slow
 def test_all_changes_are_listed_and_each_is_accepted_by_name(checked, capsys) -> None:
     assert checked(*TWO) == 2
     error = text(capsys)

@@ -155,6 +155,7 @@ def test_a_saved_configuration_leaves_derived_paths_open(tiny_run: Path) -> None
     assert config["data"]["init_args"]["manifest"] is None
 
 
+@pytest.mark.slow
 def test_a_crash_between_the_first_best_and_the_first_last_can_be_resumed(tiny_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert command(tiny_run, "fit", run, *SHORT) == 0
@@ -166,6 +167,7 @@ def test_a_crash_between_the_first_best_and_the_first_last_can_be_resumed(tiny_r
     assert {row.round for row in ImageTable.read(run / "images.csv")} == {1}
 
 
+@pytest.mark.slow
 def test_a_test_that_is_made_again_does_not_stand_there_twice(tiny_run: Path, tmp_path: Path) -> None:
     """As after a kill in the test; here the whole of it had been written, and nothing is left to train."""
     run = tmp_path / "run"

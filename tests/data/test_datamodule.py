@@ -415,6 +415,7 @@ def test_everything_can_be_said_in_yaml(tmp_path: Path) -> None:
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_real_colonoscopy_in_three_hospitals(shared_data: Path) -> None:
     made = module(shared_data / "cvc-clinicdb", layout=CVCClinicDB(), partitioner=IID(clients=3), image_size=64)
     assert len(made.client_names()) == 3 and len(made.manifest) == 480
@@ -425,6 +426,7 @@ def test_real_colonoscopy_in_three_hospitals(shared_data: Path) -> None:
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_real_chest_films_by_site(shared_data: Path) -> None:
     made = module(shared_data / "chest-xray-lungs", in_channels=1, image_size=64, resize="letterbox")
     assert len(made.client_names()) == 7

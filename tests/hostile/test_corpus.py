@@ -22,7 +22,7 @@ CORPUS = IMAGES | TABLES | YAML | WEIGHTS | RUNS
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("name", slow_where(CORPUS, set(list(RUNS)[1::2]).__contains__))
+@pytest.mark.parametrize("name", slow_where(CORPUS, set(list(WEIGHTS | RUNS)[1::2]).__contains__))
 def test_corpus(name: str, templates: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     case, place = CORPUS[name], Place(tmp_path, templates)
     arguments = case.prepare(place)
