@@ -32,6 +32,15 @@ def test_parameter_counts_to_the_digit(classes: int, img_size: int, count: int) 
     assert count_parameters(network.trunk) == (97_934_656 if img_size == 256 else 97_934_656 - 60 * 768)
 
 
+def test_a_narrow_decoder_is_a_smaller_network() -> None:
+    narrow = TransUNet(img_size=32, trunk_args=SMALL, decoder_channels=(32, 16, 8, 8, 4))
+    assert narrow(torch.randn(1, 3, 32, 32)).shape == (1, 1, 32, 32)
+    widths = [block.convolutions[0][0].out_channels for block in narrow.decoder]  # type: ignore[union-attr, index]
+    assert [narrow.bottleneck[0].out_channels, *widths, narrow.head.in_channels] == [32, 16, 8, 8, 4, 4]
+    with pytest.raises(ConfigError, match="decoder_channels must be 1 or above, not 0"):
+        TransUNet(img_size=32, decoder_channels=(0, 16, 8, 8, 4))
+
+
 def test_one_channel_costs_no_parameter_more() -> None:
     with torch.device("meta"):
         assert count_parameters(TransUNet(in_channels=1, classes=2)) == 105_322_146

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fkd_med.errors import ConfigError
 
 _REDUCTION = 16  # of the trunk: one token per 16x16 pixels
-_DECODER = (512, 256, 128, 64, 16)  # channels at 1/16, 1/8, 1/4, 1/2 and full resolution
+_DECODER = (512, 256, 128, 64, 16)
 
 
 class TransUNet(nn.Module):
@@ -33,6 +33,8 @@ class TransUNet(nn.Module):
             (``vit_base_r50_s16_224.orig_in21k``).
         trunk_args: more arguments of that transformer; ``{depth: 2, embed_dim: 192, num_heads: 3}`` is a trunk
             for tests and small machines.
+        decoder_channels: channels of the decoder at 1/16, 1/8, 1/4, 1/2 and full resolution; fewer for small machines,
+            where it is most of the work.
 
     Raises:
         ConfigError: for unusable channels, sizes or trunks, and for weights that cannot be had.
@@ -48,8 +50,11 @@ class TransUNet(nn.Module):
         pretrained: bool = False,
         trunk: str = "vit_base_r50_s16_224",
         trunk_args: dict[str, Any] | None = None,
+        decoder_channels: tuple[int, int, int, int, int] = _DECODER,
     ) -> None:
         super().__init__()
+        if min(decoder_channels) < 1:
+            raise ConfigError(f"TransUNet: decoder_channels must be 1 or above, not {min(decoder_channels)}.")
         if in_channels not in (1, 3):
             raise ConfigError(f"TransUNet takes images of 1 or 3 channels, not {in_channels}: set data.in_channels.")
         if img_size < _REDUCTION or img_size % _REDUCTION:
@@ -57,12 +62,12 @@ class TransUNet(nn.Module):
         self.in_channels, self.img_size = in_channels, img_size
         self.trunk = _build_trunk(trunk, img_size, pretrained, trunk_args or {})
         skips = _skip_channels(self.trunk, trunk)
-        self.bottleneck = _conv_bn_relu(self.trunk.embed_dim, _DECODER[0])
+        self.bottleneck = _conv_bn_relu(self.trunk.embed_dim, decoder_channels[0])
         self.decoder = nn.ModuleList(
             DecoderBlock(below, skip, out)
-            for below, skip, out in zip(_DECODER[:-1], (*skips, 0), _DECODER[1:], strict=True)
+            for below, skip, out in zip(decoder_channels[:-1], (*skips, 0), decoder_channels[1:], strict=True)
         )
-        self.head = nn.Conv2d(_DECODER[-1], classes, kernel_size=3, padding=1)
+        self.head = nn.Conv2d(decoder_channels[-1], classes, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return raw logits (N, classes, H, W) for images (N, in_channels, H, W) with H = W = img_size."""
@@ -70,7 +75,7 @@ class TransUNet(nn.Module):
         if self.in_channels == 1:
             x = x.expand(-1, 3, -1, -1)
         x, skips = self._encode(x)
-        x = self.bottleneck(x)  # (N, 512, H/16, W/16)
+        x = self.bottleneck(x)  # at 1/16
         for block, skip in zip(self.decoder, [*skips, None], strict=True):
             x = block(x, skip)
         logits: Tensor = self.head(x)
