@@ -20,6 +20,13 @@ class Built(FkdCLI):
         """Run nothing."""
 
 
+class Parsed(Built):
+    """Parses all that `fkd fit` would, and builds nothing."""
+
+    def instantiate_classes(self) -> None:
+        """Build nothing."""
+
+
 def build(*files: str | Path, arguments: tuple[str, ...] = (), device: str = "meta") -> Built:
     """Build what `fkd fit` with these configuration files, given by their names in configs/, would."""
     given = [part for file in files for part in ("--config", str(CONFIGS / file))]

@@ -25,7 +25,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from nbclient import NotebookClient
 
-from building import BASE, CONFIGS, Built, build
+from building import BASE, CONFIGS, Parsed, build
 from fkd_med.cli import COMMANDS, main
 from fkd_med.cli.reproduce import read_study
 from fkd_med.data import FederatedDataModule
@@ -113,7 +113,7 @@ def test_shown_command_exists(words: list[str], tmp_path: Path) -> None:
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     if words[0] == "fkd" and words[1] in ("fit", "teachers"):
-        assert Built(words[1:], _Stack()).model is not None
+        assert Parsed(words[1:], _Stack()).given.model.class_path
     elif words[:2] == ["fkd", "reproduce"]:
         given = dict(pair for pair in itertools.pairwise(words) if pair[0].startswith("--"))
         assert read_study(ROOT / given["--config"]).preset(given["--preset"]).seeds
