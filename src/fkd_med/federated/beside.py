@@ -19,6 +19,7 @@ from typing import Any, Never
 
 import torch
 
+from fkd_med.allocator import keep_memory
 from fkd_med.errors import FkdError
 from fkd_med.federated.client import ClientWorker, give_teacher
 from fkd_med.federated.client_state import ClientStates
@@ -57,6 +58,7 @@ def serve(connection: Connection) -> None:
 
 
 def _work(connection: Connection, handover: Handover, tell: Any) -> None:
+    keep_memory()
     torch.set_num_threads(handover.threads)
     torch.set_float32_matmul_precision(handover.matmul)
     with serving(handover.module), quiet():

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 
+from fkd_med.allocator import keep_memory
 from fkd_med.checkpoints import LastCheckpoint, SafeCheckpointIO, checkpoint_digest, read_checkpoint
 from fkd_med.communication import Ledger
 from fkd_med.distillation import TeacherMaps, sample_image
@@ -53,6 +54,7 @@ class FederatedTrainer(L.Trainer):
     callbacks: list[L.Callback]
 
     def __init__(self, *args: Any, federation: Federation | None = None, **kwargs: Any) -> None:
+        keep_memory()
         self.federation = federation
         self.flags = dict(kwargs)
         self.inner_flags = inner_flags(kwargs)  # before super().__init__: used Strategy objects are refused later
