@@ -19,8 +19,8 @@ _GIVEN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_"
 def keep_memory() -> bool:
     """Let glibc keep what is freed, in this process and its forks; return whether it does.
 
-    Nothing is changed where another C library or allocator serves the process, or where the user has given settings
-    in the environment (``MALLOC_MMAP_THRESHOLD_`` and the like).
+    Nothing is changed where the C library is another, or where the user has given settings in the environment
+    (``MALLOC_MMAP_THRESHOLD_`` and the like). Source: mallopt(3).
     """
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in _GIVEN):
         return False

@@ -225,11 +225,11 @@ def _sized(name: str, network: nn.Module) -> tuple[str, int, int]:
 
 
 @cache
-def _full_networks(in_channels: int, classes: int) -> list[tuple[str, int, int]]:
+def _full_networks(in_channels: int, classes: int) -> tuple[tuple[str, int, int], ...]:
     """Return the full teachers, `_sized`: what federations without distillation send."""
     with torch.device("meta"):
         full = {
             "ResUNet, full": ResUNet(in_channels=in_channels, classes=classes),
             "TransUNet, full": TransUNet(in_channels=in_channels, classes=classes, img_size=256),
         }
-    return [_sized(name, network) for name, network in full.items()]
+    return tuple(_sized(name, network) for name, network in full.items())

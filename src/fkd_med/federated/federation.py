@@ -24,8 +24,8 @@ from fkd_med.federated.rules import ClientRule, supplied
 from fkd_med.federated.server_distillation import ServerDistillation
 from fkd_med.federated.sharing import check_consent
 
-# Made when first used. jsonargparse looks for its caller through every frame of the stack, which takes two seconds of
-# an import's deep one, and nothing of a thread's.
+# Made when first used. jsonargparse looks for the calling module, hence the lambda, through every frame of the stack,
+# which takes two seconds of an import's deep one, and nothing of a thread's.
 with ThreadPoolExecutor(1) as _thread:
     _AGGREGATOR, _FIREWALL = _thread.map(lambda kind: lazy_instance(kind), (FedAvg, Firewall))
 

@@ -75,7 +75,7 @@ class TransUNet(nn.Module):
         if self.in_channels == 1:
             x = x.expand(-1, 3, -1, -1)
         x, skips = self._encode(x)
-        x = self.bottleneck(x)  # at 1/16
+        x = self.bottleneck(x)  # (N, decoder_channels[0], H/16, W/16)
         for block, skip in zip(self.decoder, [*skips, None], strict=True):
             x = block(x, skip)
         logits: Tensor = self.head(x)
