@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,14 @@ def test_tiny_makes_every_table_once(launched: list[list[str]], capsys: pytest.C
         assert main([*TINY, "--tables", "--split", "val"]) == 0
         assert main(TINY) == 2 and "in use by this very process" in capsys.readouterr().err
     assert Path("made/RESULTS-val.md").exists()
+    assert (
+        main([*TINY, "--tables", "--keep", "made/kept"]) == 2
+        and "is in the study's own folder" in capsys.readouterr().err
+    )
+    assert main([*TINY, "--tables", "--keep", "kept"]) == 0 and "the rows of 6 runs in kept" in capsys.readouterr().out
+    shutil.rmtree("made/phantoms")
+    assert main([*TINY, "--tables", "--output", "kept"]) == 0
+    assert Path("kept/results.csv").read_bytes() == before
 
 
 def test_time_that_is_up_has_its_own_code(launched: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:

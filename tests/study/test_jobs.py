@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,25 @@ def test_an_edited_file_is_refused_by_its_name_also_one_it_names(base: Path, job
         jobs[0].prepare()
 
 
+def test_a_comment_changes_nothing(base: Path, jobs: list[Job]) -> None:
+    jobs[0].prepare()
+    (base / "setx" / "data.yaml").write_text("# how many images a step takes\nbatch_size:   4\n")
+    jobs[0].prepare()
+
+
+def test_what_is_finished_keeps_its_settings(jobs: list[Job]) -> None:
+    jobs[0].prepare()
+    jobs[0].add(1.0, 0)
+    (jobs[0].folder / "settings.yaml").unlink()
+    jobs[0].prepare()
+    assert not (jobs[0].folder / "settings.yaml").exists()
+
+
+def test_the_outcome_says_what_code_made_it(jobs: list[Job]) -> None:
+    jobs[0].add(1.0, 0)
+    assert f"fkd-med {version('fkd-med')}" in jobs[0].note()["code"] and version("torch") in jobs[0].note()["code"]
+
+
 def test_a_study_that_was_moved_goes_on(study: Study, base: Path, jobs: list[Job]) -> None:
     for job in jobs:
         job.prepare()
@@ -73,6 +93,7 @@ def test_missing_images_name_the_option(study: Study, base: Path, jobs: list[Job
     with pytest.raises(ConfigError, match=r"Set Y.*--data y=FOLDER"):
         jobs_of(study, study.presets["few"], base, Path("results"), Selection())
     assert jobs_of(study, study.presets["few"], base, Path("results"), Selection(cells=["x/small"]))
+    assert jobs_of(study, study.presets["few"], base, Path("results"), Selection(without_images=True))
 
 
 @pytest.mark.parametrize(

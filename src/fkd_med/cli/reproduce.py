@@ -16,7 +16,7 @@ from fkd_med.cli.signals import TERMINATED
 from fkd_med.errors import ConfigError
 from fkd_med.files import make_folder
 from fkd_med.locks import locked
-from fkd_med.study import Job, Selection, Study, Tables, Tally, jobs_of, read_outcomes, run_jobs
+from fkd_med.study import Job, Selection, Study, Tables, Tally, check_keep, jobs_of, keep, read_outcomes, run_jobs
 from fkd_med.study.report import write_report
 
 _DESCRIPTION = """Run a study: every arm on every cell (data set and teacher) with every seed, each a run of `fkd fit`.
@@ -37,15 +37,20 @@ def reproduce(arguments: list[str]) -> None:
     study = read_study(Path(given.config))
     preset = study.preset(given.preset)
     output = Path(given.output or Path("results") / Path(given.config).stem / given.preset).expanduser()
-    selection = Selection(given.cells, given.arms, given.seeds, _roots(given.data))
+    selection = Selection(given.cells, given.arms, given.seeds, _roots(given.data), without_images=given.tables)
     jobs = jobs_of(study, preset, Path(given.config).resolve().parent, output, selection)
     console = wide_console(140)
     tally = Tally(left=[job for job in jobs if not job.finished])
+    if given.keep is not None:
+        check_keep(jobs, output, Path(given.keep))
     make_folder(output)
     if not given.tables:  # tables may be looked at while the study runs
         with locked(output / ".fkd-study-lock", f"The study {output}"):
             tally = run_jobs(jobs, console, given.minutes)
     _write(study, jobs, given.split, output, console, arguments)
+    if given.keep is not None:
+        number = keep(jobs, output, Path(given.keep))
+        console.print(f"Kept the rows of {number} runs in {given.keep}.", markup=False, soft_wrap=True)
     _end(tally, given.tables, console)
 
 
@@ -130,4 +135,5 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--minutes", type=float | None, default=None, help="Stop after so long; go on another time.")
     parser.add_argument("--split", type=str, default="test", choices=["test", "val"], help="What the tables show.")
     parser.add_argument("--tables", action="store_true", help="Run nothing; make the tables of what is there.")
+    parser.add_argument("--keep", type=str | None, default=None, help="Copy what tables need there: kB, no models.")
     return parser

@@ -115,6 +115,15 @@ class ImageTable:
             append_text(path, text if _has_header(path) else _HEADER + text)
 
     @staticmethod
+    def write(path: Path, rows: Iterable[ImageRow]) -> None:
+        """Write these rows and no others, atomically.
+
+        Raises:
+            RunError: If the file or a name cannot be written.
+        """
+        atomic_write_text(Path(path), _HEADER + _format(_unique(rows)))
+
+    @staticmethod
     def drop_after(path: Path, round: int) -> None:
         """Drop the rows of rounds after `round`, which a resumed run will write again; atomic, no file is no error."""
         _keep(Path(path), lambda row: row.round <= round)
@@ -127,8 +136,7 @@ class ImageTable:
 
 def _keep(path: Path, wanted: Callable[[ImageRow], bool]) -> None:
     if path.exists():
-        rows = ImageTable.read(path).rows
-        atomic_write_text(path, _HEADER + _format(row for row in rows if wanted(row)))
+        ImageTable.write(path, [row for row in ImageTable.read(path).rows if wanted(row)])
 
 
 def group_arms(rows: Iterable[ImageRow]) -> dict[str, list[ImageRow]]:

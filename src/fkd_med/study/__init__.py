@@ -2,6 +2,7 @@
 
 from fkd_med.study.design import Arm, Difference, Images, Preset, Study
 from fkd_med.study.jobs import Job, Selection, jobs_of
+from fkd_med.study.keeping import check_keep, keep
 from fkd_med.study.outcome import Outcome, read_outcomes
 from fkd_med.study.runner import Tally, run_jobs
 from fkd_med.study.tables import Tables
@@ -17,7 +18,9 @@ __all__ = [
     "Study",
     "Tables",
     "Tally",
+    "check_keep",
     "jobs_of",
+    "keep",
     "read_outcomes",
     "run_jobs",
 ]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +62,7 @@ class Job:
         return bool(self.note().get("finished"))
 
     def note(self) -> dict[str, Any]:
-        """Return what is known of it: `finished`, `seconds` of all its attempts, `exit_code` of the last."""
+        """Return what is known of it: `finished`, `seconds` of all its attempts, `exit_code` and `code` of the last."""
         path = self.folder / "outcome.yaml"
         if not path.is_file():
             return {}
@@ -71,7 +75,7 @@ class Job:
     def add(self, seconds: float, exit_code: int) -> None:
         """Write down that an attempt ended."""
         total = float(self.note().get("seconds", 0.0)) + seconds
-        note = {"finished": exit_code == 0, "seconds": round(total, 1), "exit_code": exit_code}
+        note = {"finished": exit_code == 0, "seconds": round(total, 1), "exit_code": exit_code, "code": _code()}
         atomic_write_text(self.folder / "outcome.yaml", yaml.safe_dump(note, sort_keys=False))
 
     def arguments(self) -> list[str]:
@@ -82,26 +86,42 @@ class Job:
         return [*arguments, "--ckpt_path", "last"] if closed else arguments
 
     def definition(self) -> Settings:
-        """Return what decides the run's result, in plain containers: digests of its files, and its settings."""
-        digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in _with_parts(self.configs)}
+        """Return what decides the run's result, in plain containers: digests of what its files say, and its settings.
+
+        Comments and layout of a file do not count.
+        """
+        digests = {file.name: _digest(_content(file)) for file in _with_parts(self.configs)}
         return {"configs": digests, "settings": self.decides}
 
     def prepare(self) -> None:
-        """Write the settings; refuse a folder in which another definition was begun.
+        """Write the settings of a run that is not finished; refuse a folder in which another definition was begun.
 
         Raises:
             RunError: names what has changed.
         """
-        path, definition = self.folder / "definition.yaml", self.definition()
+        self.check_definition(self.folder)
+        self.write_definition(self.folder)
+        if not self.finished:
+            atomic_write_text(self.folder / "settings.yaml", yaml.safe_dump(self.settings, sort_keys=False))
+
+    def check_definition(self, folder: Path) -> None:
+        """Refuse a folder that holds a run of another definition.
+
+        Raises:
+            RunError: names what has changed.
+        """
+        path = folder / "definition.yaml"
         if path.is_file():
-            changed = _changes(yaml.safe_load(path.read_text(encoding="utf-8")), definition)
+            changed = _changes(yaml.safe_load(path.read_text(encoding="utf-8")), self.definition())
             if changed:
                 raise RunError(
-                    f"{self.folder} was begun with another configuration; changed: {', '.join(changed)}. Give another "
-                    "--output, put it back, or delete the folder to run it anew."
+                    f"{folder} was begun with another configuration; changed: {', '.join(changed)}. Give another "
+                    "folder, put it back, or delete the folder to make it anew."
                 )
-        atomic_write_text(self.folder / "settings.yaml", yaml.safe_dump(self.settings, sort_keys=False))
-        atomic_write_text(path, yaml.safe_dump(definition, sort_keys=False))
+
+    def write_definition(self, folder: Path) -> None:
+        """Write the definition into a folder."""
+        atomic_write_text(folder / "definition.yaml", yaml.safe_dump(self.definition(), sort_keys=False))
 
 
 @dataclass(frozen=True)
@@ -113,12 +133,14 @@ class Selection:
         arms: only these arms.
         seeds: these seeds in place of the preset's.
         roots: folders of data sets, in place of the design's.
+        without_images: the images need not be there: nothing is run.
     """
 
     cells: Sequence[str] | None = None
     arms: Sequence[str] | None = None
     seeds: Sequence[int] | None = None
     roots: Mapping[str, str] = field(default_factory=dict)
+    without_images: bool = False
 
     def check(self, study: Study) -> None:
         """Refuse names that the study does not have, and seeds given twice; ConfigError names them."""
@@ -156,7 +178,7 @@ def jobs_of(
         for cell in cells:
             for name in arms:
                 if study.arms[name].cells is None or cell in (study.arms[name].cells or ()):
-                    job = _job(study, preset, base, output, selection.roots, cell, name, seed)
+                    job = _job(study, preset, base, output, selection, cell, name, seed)
                     found.setdefault(job.folder, job)
     if not found:
         raise ConfigError("No run is left: these arms belong to other cells. See `cells` of the arms in the study.")
@@ -164,7 +186,7 @@ def jobs_of(
 
 
 def _job(
-    study: Study, preset: Preset, base: Path, output: Path, roots: Mapping[str, str], cell: str, name: str, seed: int
+    study: Study, preset: Preset, base: Path, output: Path, selection: Selection, cell: str, name: str, seed: int
 ) -> Job:
     data, teacher = cell.split("/")
     arm = study.arms[name]
@@ -178,15 +200,15 @@ def _job(
     settings = _settings(arm, preset, data, teacher, str(output.resolve()))
     inner = settings.setdefault("data", {}).setdefault("init_args", {})
     if "root" not in inner:  # else a preset makes its own images
-        inner["root"] = str(_root(study, data, roots))
+        inner["root"] = str(_root(study, data, selection))
     merge(settings, {"seed_everything": seed, "run_dir": str(folder / "run")})
     decides = {**_settings(arm, preset, data, teacher, "{output}"), "seed_everything": seed}
     return Job(data, teacher, name, seed, configs, settings, decides, folder)
 
 
-def _root(study: Study, data: str, roots: Mapping[str, str]) -> Path:
-    root = Path(roots.get(data, study.data[data].root)).expanduser().resolve()
-    if not root.is_dir():
+def _root(study: Study, data: str, selection: Selection) -> Path:
+    root = Path(selection.roots.get(data, study.data[data].root)).expanduser().resolve()
+    if not (root.is_dir() or selection.without_images):
         raise ConfigError(
             f"The images of {study.data[data].label} are not here: {root} is not a folder. Put them there, or say "
             f"where they are: --data {data}=FOLDER."
@@ -224,11 +246,33 @@ def _with_parts(files: Sequence[Path]) -> list[Path]:
     found: dict[Path, None] = {}
     for file in files:
         found[file] = None
-        for value in (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).values():
+        for value in (_content(file) or {}).values():
             part = file.parent / value if isinstance(value, str) and value.endswith((".yaml", ".yml")) else None
             if part is not None and part.is_file():
                 found[part] = None
     return list(found)
+
+
+def _content(file: Path) -> Any:
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:16]
+
+
+@cache
+def _code() -> str:
+    """Say what code runs: the versions, and the commit where the package lies in a checkout."""
+    here = Path(__file__).parent
+    commit = ""
+    if any((folder / ".git").exists() for folder in here.parents):
+        asked = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude", "*"]
+        try:
+            commit = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
+        except (OSError, subprocess.TimeoutExpired):
+            commit = ""
+    return f"fkd-med {version('fkd-med')}{commit and f' ({commit})'}, torch {version('torch')}"
 
 
 def _changes(before: Any, now: Any, key: str = "") -> list[str]:

@@ -60,6 +60,16 @@ def read_outcomes(jobs: Iterable[Job], split: Split = "test") -> dict[tuple[str,
     return outcomes
 
 
+def kept_rows(job: Job) -> list[ImageRow]:
+    """Return the rows of a finished run from which all tables are made: its test, and validation of the best round.
+
+    Raises:
+        RunError: its images.csv cannot be read.
+    """
+    table = ImageTable.read(job.run / "images.csv")
+    return [*_best(table), *table.latest("test")]
+
+
 def _best(table: ImageTable) -> list[ImageRow]:
     """Return the validation rows of the round that was kept: the best; of hospitals alone, the best of each."""
     found = []

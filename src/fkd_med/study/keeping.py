@@ -1,0 +1,60 @@
+"""What is worth keeping of a study: a few kB of each run, from which every table can be made again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from fkd_med.errors import ConfigError
+from fkd_med.evaluation.rows import ImageTable
+from fkd_med.files import atomic_write_bytes
+from fkd_med.study.jobs import Job
+from fkd_med.study.outcome import kept_rows
+
+
+def keep(jobs: Iterable[Job], output: Path, folder: Path) -> int:
+    """Copy what the tables need of every finished run; return how many there are.
+
+    `folder` becomes a study's folder without models, checkpoints and pictures: `fkd reproduce --tables --output FOLDER`
+    makes its tables, and a copy of it can be gone on with, which runs only what is missing. No path of this machine and
+    no image is in it; names of hospitals and images are.
+
+    Args:
+        jobs: the study's runs; those that are not finished are left out.
+        output: the study's folder.
+        folder: where to; runs that are there from other times stay.
+
+    Raises:
+        ConfigError, RunError: as `check_keep` does; or a run's rows cannot be read.
+    """
+    finished = [job for job in jobs if job.finished]
+    check_keep(finished, output, folder)
+    for job in finished:
+        _keep_one(job, _place(job, output, folder))
+    return len(finished)
+
+
+def check_keep(jobs: Iterable[Job], output: Path, folder: Path) -> None:
+    """Refuse a folder in which runs cannot be kept, before they run.
+
+    Raises:
+        ConfigError: it is the study's own folder, or inside it.
+        RunError: it holds a run of another configuration.
+    """
+    if folder.expanduser().resolve().is_relative_to(output.resolve()):
+        raise ConfigError(f"--keep {folder} is in the study's own folder, {output}. Name another.")
+    for job in jobs:
+        job.check_definition(_place(job, output, folder))
+
+
+def _place(job: Job, output: Path, folder: Path) -> Path:
+    return folder.expanduser().resolve() / job.folder.relative_to(output.resolve())
+
+
+def _keep_one(job: Job, folder: Path) -> None:
+    rows = kept_rows(job)
+    job.write_definition(folder)
+    ImageTable.write(folder / "run" / "images.csv", rows)
+    if (job.run / "ledger.csv").is_file():
+        atomic_write_bytes(folder / "run" / "ledger.csv", (job.run / "ledger.csv").read_bytes())
+    atomic_write_bytes(folder / "outcome.yaml", (job.folder / "outcome.yaml").read_bytes())  # last: now it is finished

@@ -1,0 +1,67 @@
+"""What is kept of a study: small, without paths, enough for the tables, and never another configuration's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fkd_med.errors import ConfigError, RunError
+from fkd_med.evaluation.rows import ImageRow, ImageTable
+from fkd_med.study import Job, Selection, Study, check_keep, jobs_of, keep, read_outcomes
+
+OUTPUT, KEPT = Path("results"), Path("kept")
+
+
+@pytest.fixture
+def finished(jobs: list[Job]) -> Job:
+    """The first run, finished: three rounds of validation, of which the second is best, and a test."""
+    job = jobs[0]
+    job.prepare()
+    (job.run / "checkpoints").mkdir(parents=True)
+    (job.run / "checkpoints" / "last.ckpt").write_bytes(b"0" * 10_000)
+    row = ImageRow("student", "federated", "val", 1, "a", "image-1", 0.5, 0.4, None, "")
+    rows = [replace(row, round=round, dice=dice) for round, dice in ((1, 0.5), (2, 0.7), (3, 0.6))]
+    ImageTable.append(job.run / "images.csv", [*rows, replace(row, split="test", round=2, hd95=3.0)])
+    (job.run / "ledger.csv").write_text("round,bytes\n1,10\n2,20\n")
+    job.add(60.0, 0)
+    return job
+
+
+def test_tables_come_out_the_same(finished: Job, jobs: list[Job], study: Study, base: Path) -> None:
+    assert keep(jobs, OUTPUT, KEPT) == 1
+    again = jobs_of(study, study.presets["few"], base, KEPT, Selection(without_images=True))
+    for split in ("test", "val"):
+        assert read_outcomes(again, split) == read_outcomes(jobs, split)
+    assert [job.name for job in again if job.finished] == [finished.name]
+
+
+def test_it_is_small_and_has_no_paths(finished: Job, jobs: list[Job]) -> None:
+    keep(jobs, OUTPUT, KEPT)
+    files = sorted(path for path in KEPT.rglob("*") if path.is_file())
+    assert [path.name for path in files] == ["definition.yaml", "outcome.yaml", "images.csv", "ledger.csv"]
+    assert len(ImageTable.read(files[2])) == 2
+    assert all(str(Path.cwd()) not in path.read_text() for path in files)
+
+
+def test_kept_twice_is_kept_once(finished: Job, jobs: list[Job]) -> None:
+    keep(jobs, OUTPUT, KEPT)
+    before = {path: path.read_bytes() for path in KEPT.rglob("*") if path.is_file()}
+    assert keep(jobs, OUTPUT, KEPT) == 1
+    assert {path: path.read_bytes() for path in KEPT.rglob("*") if path.is_file()} == before
+
+
+def test_another_configuration_is_not_replaced(finished: Job, jobs: list[Job], base: Path) -> None:
+    keep(jobs, OUTPUT, KEPT)
+    (base / "setx" / "plain.yaml").write_text("data: data.yaml\nfederation: {rounds: 9}\n")
+    before = (KEPT / "x" / "plain" / "seed-0" / "definition.yaml").read_bytes()
+    with pytest.raises(RunError, match=r"kept/x/plain/seed-0 was begun with another.*configs\.plain\.yaml"):
+        keep(jobs, OUTPUT, KEPT)
+    assert (KEPT / "x" / "plain" / "seed-0" / "definition.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize("folder", [OUTPUT, OUTPUT / "x", Path("elsewhere") / ".." / OUTPUT])
+def test_the_study_itself_is_refused(folder: Path, jobs: list[Job]) -> None:
+    with pytest.raises(ConfigError, match=r"--keep .* is in the study's own folder"):
+        check_keep(jobs, OUTPUT, folder)
