@@ -10,7 +10,7 @@ SHELL := bash
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-UV ?= $(shell command -v uv 2>/dev/null)
+UV ?= $(or $(shell command -v uv 2>/dev/null),$(BIN)/uv)
 PYTHON ?=
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3 python3.12 python3.11 python3.13 python)
 VERSIONS := >=3.11,<3.14
@@ -60,20 +60,26 @@ clean:  ## Remove caches and build output; .venv, runs, teachers and data stay
 	find notebooks -name .ipynb_checkpoints -type d -prune -exec rm -rf {} +
 
 # The environment. The stamp is younger than what it was installed from, so that a second `make` starts at once.
+# uv takes less time than pip; where there is none, pip fetches it. What uv cannot do (a mirror that only pip knows, a
+# proxy), pip does. The wheels are unpacked in .venv itself and linked, so that no other disk fills up.
+PROJECT := -c constraints.txt -e '.[dev,notebooks]'
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "==> Installing fkd-med and its tools into $(VENV) (a few minutes and about 7 GB the first time)"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip --upgrade >/dev/null || true
 ifneq ($(UV),)
-	@$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev,notebooks]' || { \
-	  echo "error: uv could not install. If only pip knows your package mirror, use pip: make UV= $(MAKECMDGOALS)" >&2; \
-	  exit 1; }
+	@{ command -v '$(UV)' >/dev/null || $(PIP) install uv; } \
+	  && $(UV) pip install --quiet --compile-bytecode --cache-dir $(VENV)/.uv --python $(BIN)/python $(PROJECT) \
+	  || { echo "==> uv could not do it; pip does, which takes longer"; $(PIP) install $(PROJECT); }
+	@rm -rf $(VENV)/.uv
 else
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip --upgrade >/dev/null
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,notebooks]'
+	@$(PIP) install $(PROJECT)
 endif
 	@touch $@
 
 $(BIN)/python:
-ifneq ($(UV),)
+ifneq ($(filter-out $(BIN)/uv,$(UV)),)
 	@echo "==> Making $(VENV) with uv"
 	@$(UV) venv --quiet --python '$(if $(PYTHON),$(PYTHON),$(VERSIONS))' $(VENV)
 else
