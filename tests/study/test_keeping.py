@@ -24,7 +24,7 @@ def finished(jobs: list[Job]) -> Job:
     row = ImageRow("student", "federated", "val", 1, "a", "image-1", 0.5, 0.4, None, "")
     rows = [replace(row, round=round, dice=dice) for round, dice in ((1, 0.5), (2, 0.7), (3, 0.6))]
     ImageTable.append(job.run / "images.csv", [*rows, replace(row, split="test", round=2, hd95=3.0)])
-    (job.run / "ledger.csv").write_text("round,bytes\n1,10\n2,20\n")
+    (job.run / "ledger.csv").write_text("round,client,bytes\n1,a,10\n2,a,20\n2,b,5\n")
     job.add(60.0, 0)
     return job
 
@@ -42,6 +42,7 @@ def test_it_is_small_and_has_no_paths(finished: Job, jobs: list[Job]) -> None:
     files = sorted(path for path in KEPT.rglob("*") if path.is_file())
     assert [path.name for path in files] == ["definition.yaml", "outcome.yaml", "images.csv", "ledger.csv"]
     assert len(ImageTable.read(files[2])) == 2
+    assert files[3].read_text() == "round,bytes\n1,10\n2,25\n"
     assert all(str(Path.cwd()) not in path.read_text() for path in files)
 
 

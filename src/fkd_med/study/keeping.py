@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fkd_med.errors import ConfigError
+from fkd_med.evaluation.history import read_bytes
 from fkd_med.evaluation.rows import ImageTable
-from fkd_med.files import atomic_write_bytes
+from fkd_med.files import atomic_write_bytes, atomic_write_text
 from fkd_med.study.jobs import Job
 from fkd_med.study.outcome import kept_rows
 
@@ -55,6 +56,8 @@ def _keep_one(job: Job, folder: Path) -> None:
     rows = kept_rows(job)
     job.write_definition(folder)
     ImageTable.write(folder / "run" / "images.csv", rows)
-    if (job.run / "ledger.csv").is_file():
-        atomic_write_bytes(folder / "run" / "ledger.csv", (job.run / "ledger.csv").read_bytes())
+    sent = read_bytes(job.run / "ledger.csv")
+    if sent:
+        lines = [f"{round},{size}\n" for round, size in sorted(sent.items())]
+        atomic_write_text(folder / "run" / "ledger.csv", "".join(["round,bytes\n", *lines]))
     atomic_write_bytes(folder / "outcome.yaml", (job.folder / "outcome.yaml").read_bytes())  # last: now it is finished
