@@ -60,6 +60,12 @@ def test_tiny_makes_every_table_once(launched: list[list[str]], capsys: pytest.C
     shutil.rmtree("made/phantoms")
     assert main([*TINY, "--tables", "--output", "kept"]) == 0
     assert Path("kept/results.csv").read_bytes() == before
+    assert "another configuration" not in capsys.readouterr().out
+    definition = Path("kept/cvc/fedavg/seed-0/definition.yaml")
+    definition.write_text(definition.read_text().replace("rounds: 1", "rounds: 2"))
+    assert main([*TINY, "--tables", "--output", "kept"]) == 0
+    said = "another configuration than today's: cvc fedavg seed 0 (settings.federation.rounds)"
+    assert said in capsys.readouterr().out and said in Path("kept/RESULTS.md").read_text().replace("**", "")
 
 
 def test_time_that_is_up_has_its_own_code(launched: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:

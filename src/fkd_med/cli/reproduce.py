@@ -93,9 +93,13 @@ def _write(study: Study, jobs: list[Job], split: Any, output: Path, console: Con
     for sheet in tables.sheets():
         console.print(sheet)
         console.print()
-    for line in [f"Missing: {', '.join(tables.missing)}."] if tables.missing else []:
-        console.print(line, markup=False, soft_wrap=True)
+    if tables.missing:
+        console.print(f"Missing: {', '.join(tables.missing)}.", markup=False, soft_wrap=True)
     head = [f"Made by `fkd reproduce {shlex.join(arguments)}`.\n"]
+    other = [f"{job.name} ({', '.join(keys)})" for job in jobs if job.finished and (keys := job.changes())]
+    if other:
+        head.append(f"**Made with another configuration than today's**: {'; '.join(other)}.\n")
+        console.print(head[-1].replace("**", ""), markup=False, soft_wrap=True, style="yellow")
     files = write_report(tables, output, head)
     console.print(f"Written to {output}: {', '.join(file.name for file in files)}", markup=False, soft_wrap=True)
 

@@ -104,20 +104,24 @@ class Job:
         if not self.finished:
             atomic_write_text(self.folder / "settings.yaml", yaml.safe_dump(self.settings, sort_keys=False))
 
+    def changes(self, folder: Path | None = None) -> list[str]:
+        """Return the keys in which the definition in a folder, or in the job's own, differs from today's."""
+        path = (folder or self.folder) / "definition.yaml"
+        if not path.is_file():
+            return []
+        return _differing(yaml.safe_load(path.read_text(encoding="utf-8")), self.definition())
+
     def check_definition(self, folder: Path) -> None:
         """Refuse a folder that holds a run of another definition.
 
         Raises:
             RunError: names what has changed.
         """
-        path = folder / "definition.yaml"
-        if path.is_file():
-            changed = _changes(yaml.safe_load(path.read_text(encoding="utf-8")), self.definition())
-            if changed:
-                raise RunError(
-                    f"{folder} was begun with another configuration; changed: {', '.join(changed)}. Give another "
-                    "folder, put it back, or delete the folder to make it anew."
-                )
+        if changed := self.changes(folder):
+            raise RunError(
+                f"{folder} was begun with another configuration; changed: {', '.join(changed)}. Give another folder, "
+                "put it back, or delete the folder to make it anew."
+            )
 
     def write_definition(self, folder: Path) -> None:
         """Write the definition into a folder."""
@@ -275,9 +279,9 @@ def _code() -> str:
     return f"fkd-med {version('fkd-med')}{commit and f' ({commit})'}, torch {version('torch')}"
 
 
-def _changes(before: Any, now: Any, key: str = "") -> list[str]:
+def _differing(before: Any, now: Any, key: str = "") -> list[str]:
     """Return the dotted keys in which two nested settings differ."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         names = dict.fromkeys([*before, *now])
-        return [k for n in names for k in _changes(before.get(n), now.get(n), f"{key}.{n}".strip("."))]
+        return [k for n in names for k in _differing(before.get(n), now.get(n), f"{key}.{n}".strip("."))]
     return [] if before == now else [key]
