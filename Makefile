@@ -61,16 +61,17 @@ clean:  ## Remove caches and build output; .venv, runs, teachers and data stay
 
 # The environment. The stamp is younger than what it was installed from, so that a second `make` starts at once.
 # uv takes less time than pip; where there is none, pip fetches it. What uv cannot do (a mirror that only pip knows, a
-# proxy), pip does. The wheels are unpacked in .venv itself and linked, so that no other disk fills up.
+# proxy), pip does. A uv of our own unpacks in .venv itself, so that no other disk fills up; yours has its cache.
 PROJECT := -c constraints.txt -e '.[dev,notebooks]'
+UV_CACHE := $(if $(filter $(BIN)/uv,$(UV)),--cache-dir $(VENV)/.uv)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "==> Installing fkd-med and its tools into $(VENV) (a few minutes and about 7 GB the first time)"
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip --upgrade >/dev/null || true
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip --upgrade >/dev/null 2>&1 || true
 ifneq ($(UV),)
 	@{ command -v '$(UV)' >/dev/null || $(PIP) install uv; } \
-	  && $(UV) pip install --quiet --compile-bytecode --cache-dir $(VENV)/.uv --python $(BIN)/python $(PROJECT) \
+	  && '$(UV)' pip install --quiet --compile-bytecode $(UV_CACHE) --python $(BIN)/python $(PROJECT) \
 	  || { echo "==> uv could not do it; pip does, which takes longer"; $(PIP) install $(PROJECT); }
 	@rm -rf $(VENV)/.uv
 else
@@ -81,10 +82,10 @@ endif
 $(BIN)/python:
 ifneq ($(filter-out $(BIN)/uv,$(UV)),)
 	@echo "==> Making $(VENV) with uv"
-	@$(UV) venv --quiet --python '$(if $(PYTHON),$(PYTHON),$(VERSIONS))' $(VENV)
+	@UV_VENV_CLEAR=1 '$(UV)' venv --quiet --python '$(if $(PYTHON),$(PYTHON),$(VERSIONS))' $(VENV)
 else
 	@for python in $(CANDIDATES); do \
-	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	  if "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' >/dev/null 2>&1; then \
 	    echo "==> Making $(VENV) with $$("$$python" --version)"; \
 	    "$$python" -m venv $(VENV) && exit 0; \
 	    rm -rf $(VENV); \
@@ -93,7 +94,7 @@ else
 	    exit 1; \
 	  fi; \
 	done; \
-	echo "error: Python 3.11 or newer is needed, and none of these is: $(CANDIDATES)." \
+	echo "error: Python 3.11, 3.12 or 3.13 is needed, and none of these is: $(CANDIDATES)." \
 	  "Install one, or name it: make PYTHON=/path/to/python3.12" >&2; \
 	exit 1
 endif

@@ -45,6 +45,8 @@ def test_tiny_makes_every_table_once(launched: list[list[str]], capsys: pytest.C
     assert main(TINY) == 0 and len(launched) == runs, "finished runs are not run again"
     assert Path("made/results.csv").read_bytes() == before
     capsys.readouterr()
+    assert main([*TINY, "--tables", "--seeds", "1"]) == 0
+    assert "Finished and not asked for, so in no table: cvc/fedavg/seed-0, cvc/local/seed-0" in capsys.readouterr().out
     assert main([*TINY, "--tables", "--seeds", "0", "1"]) == 0 and len(launched) == runs
     said = capsys.readouterr().out
     assert "cvc resunet ours seed 1" in said.partition("Missing:")[2]
@@ -96,6 +98,7 @@ def test_a_failed_run_is_named_and_the_others_are_made(
         (["--config", str(CONFIGS / "quickstart.yaml")], "is not a study: it has no `arms`"),
         (["--config", "nowhere.yaml"], "there is no such file"),
         (["--minutes", "soon"], "minutes"),
+        (["--tables"], "--output made is no folder"),
     ],
 )
 def test_bad_input_is_one_message_and_leaves_nothing(
@@ -125,6 +128,16 @@ def test_a_wrong_study_names_the_key(
     assert main([*TINY, "--config", "study.yaml"]) == 2
     assert message in capsys.readouterr().err
     assert not launched and names(".") == ["study.yaml"]
+
+
+def test_a_damaged_file_of_an_arm_is_named(launched: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    for broken in ("data:\n\troot: x\n", "- data\n"):
+        Path("arm.yaml").write_text(broken)
+        Path("study.yaml").write_text(yaml.safe_dump(
+            {"data": {"x": {"label": "X", "configs": "x", "root": "."}}, "teachers": {"t": "T"}, "differences": [],
+             "arms": {"a": {"label": "A", "configs": ["arm.yaml"]}}, "presets": {"tiny": {"seeds": [0]}}}))  # fmt: skip
+        assert main([*TINY, "--config", "study.yaml"]) == 2
+        assert "arm.yaml" in capsys.readouterr().err and not launched and not Path("made").exists()
 
 
 def names(folder: str | Path) -> list[str]:

@@ -16,4 +16,4 @@ def finish(job: Job, rows: list[ImageRow], seconds: float = 60.0) -> None:
     """Leave what a run leaves."""
     job.run.mkdir(parents=True, exist_ok=True)
     ImageTable.append(job.run / "images.csv", rows)
-    job.add(seconds, 0)
+    job.add(seconds, 0, "code")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,7 +11,14 @@ import pytest
 import yaml
 
 from fkd_med.errors import ConfigError, RunError
-from fkd_med.study import Job, Selection, Study, jobs_of
+from fkd_med.study import Job, Selection, Study, finished_beside, jobs_of
+from fkd_med.study.jobs import code_of_today
+
+
+def begin(job: Job) -> None:
+    """Begin a run, which then was killed."""
+    job.prepare()
+    job.run.mkdir()
 
 
 def test_each_seed_is_whole_before_the_next_and_shared_arms_run_once(jobs: list[Job]) -> None:
@@ -45,7 +53,7 @@ def test_arguments_begin_a_run_and_resume_one(jobs: list[Job], base: Path) -> No
 
 
 def test_another_configuration_is_refused_by_its_key(study: Study, base: Path, jobs: list[Job]) -> None:
-    jobs[0].prepare()
+    begin(jobs[0])
     study.presets["few"].settings["federated"]["federation"]["rounds"] = 4
     changed = jobs_of(study, study.presets["few"], base, Path("results"), Selection())[0]
     with pytest.raises(RunError, match=r"changed: settings\.federation\.rounds"):
@@ -53,34 +61,81 @@ def test_another_configuration_is_refused_by_its_key(study: Study, base: Path, j
 
 
 def test_an_edited_file_is_refused_by_its_name_also_one_it_names(base: Path, jobs: list[Job]) -> None:
-    jobs[0].prepare()
+    begin(jobs[0])
     (base / "setx" / "data.yaml").write_text("batch_size: 8\n")
-    with pytest.raises(RunError, match=r"changed: configs\.data\.yaml"):
+    with pytest.raises(RunError, match=r"changed: configs\.setx/data\.yaml"):
+        jobs[0].prepare()
+
+
+def test_files_of_one_name_and_their_order_count(study: Study, base: Path, jobs: list[Job]) -> None:
+    arm = study.arms["plain"]
+
+    def with_configs(*configs: str) -> Job:
+        arm.configs = [*configs]
+        return jobs_of(study, study.presets["few"], base, Path("results"), Selection())[0]
+
+    begin(with_configs("{data}/plain.yaml", "sety/plain.yaml"))
+    with pytest.raises(RunError, match=r"changed: configs \(their order\)"):
+        with_configs("sety/plain.yaml", "{data}/plain.yaml").prepare()
+    (base / "setx" / "plain.yaml").write_text("data: data.yaml\ntrainer: {max_epochs: 1}\n")
+    with pytest.raises(RunError, match=r"changed: configs\.setx/plain\.yaml"):
+        with_configs("{data}/plain.yaml", "sety/plain.yaml").prepare()
+
+
+def test_what_never_began_takes_the_corrected_configuration(base: Path, jobs: list[Job]) -> None:
+    for job in jobs:
+        job.prepare()
+    (base / "setx" / "data.yaml").write_text("batch_size: 8\n")
+    jobs[0].prepare()
+    assert jobs[0].begun_with() == jobs[0].definition()
+    jobs[0].add(1.0, 1, "")
+    (base / "setx" / "data.yaml").write_text("batch_size: 2\n")
+    with pytest.raises(RunError, match=r"changed: configs\.setx/data\.yaml"):
+        jobs[0].prepare()
+
+
+def test_a_damaged_definition_says_what_to_do(jobs: list[Job]) -> None:
+    begin(jobs[0])
+    (jobs[0].folder / "definition.yaml").write_text("<<<<<<< HEAD\n{: :")
+    with pytest.raises(RunError, match=r"definition\.yaml cannot be read\. Delete the folder"):
         jobs[0].prepare()
 
 
 def test_a_comment_changes_nothing(base: Path, jobs: list[Job]) -> None:
-    jobs[0].prepare()
+    begin(jobs[0])
     (base / "setx" / "data.yaml").write_text("# how many images a step takes\nbatch_size:   4\n")
     jobs[0].prepare()
 
 
 def test_what_is_finished_keeps_its_settings(jobs: list[Job]) -> None:
     jobs[0].prepare()
-    jobs[0].add(1.0, 0)
+    jobs[0].add(1.0, 0, "")
     (jobs[0].folder / "settings.yaml").unlink()
     jobs[0].prepare()
     assert not (jobs[0].folder / "settings.yaml").exists()
 
 
-def test_the_outcome_says_what_code_made_it(jobs: list[Job]) -> None:
-    jobs[0].add(1.0, 0)
-    assert f"fkd-med {version('fkd-med')}" in jobs[0].note()["code"] and version("torch") in jobs[0].note()["code"]
+def test_code_is_told_with_its_commit(repository: Path) -> None:
+    code = code_of_today()
+    assert code.startswith(f"fkd-med {version('fkd-med')}") and code.endswith(f"torch {version('torch')}")
+    if (repository / ".git").exists():
+        head = subprocess.check_output(["git", "-C", str(repository), "rev-parse", "HEAD"], text=True)
+        assert head.startswith(code.partition("(")[2].partition(")")[0].removesuffix("-dirty") or "?")
+
+
+def test_finished_runs_that_were_not_asked_for_are_named(jobs: list[Job]) -> None:
+    for job in jobs[:3]:
+        job.prepare()
+    jobs[0].add(1.0, 0, "")
+    jobs[1].add(1.0, 0, "")
+    jobs[2].add(1.0, 1, "")
+    assert finished_beside(Path("results"), jobs[1:]) == ["x/plain/seed-0"]
+    assert finished_beside(Path("results"), jobs[:1]) == ["x/small/taught/seed-0"]
 
 
 def test_a_study_that_was_moved_goes_on(study: Study, base: Path, jobs: list[Job]) -> None:
     for job in jobs:
-        job.prepare()
+        begin(job)
     shutil.move("results", "elsewhere")
     shutil.move("images", "pictures")
     roots = {"x": "pictures/x", "y": "pictures/y"}

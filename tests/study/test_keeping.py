@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +17,14 @@ OUTPUT, KEPT = Path("results"), Path("kept")
 
 @pytest.fixture
 def finished(jobs: list[Job]) -> Job:
-    """The first run, finished: three rounds of validation, of which the second is best, and a test."""
-    job = jobs[0]
+    """A run, finished: three rounds of validation, of which the second is best, and a test."""
+    job = jobs[3]
+    assert str(Path.cwd()) in str(job.settings["model"]["store"]), "a path that must not come along"
+    finish(job)
+    return job
+
+
+def finish(job: Job) -> None:
     job.prepare()
     (job.run / "checkpoints").mkdir(parents=True)
     (job.run / "checkpoints" / "last.ckpt").write_bytes(b"0" * 10_000)
@@ -25,8 +32,7 @@ def finished(jobs: list[Job]) -> Job:
     rows = [replace(row, round=round, dice=dice) for round, dice in ((1, 0.5), (2, 0.7), (3, 0.6))]
     ImageTable.append(job.run / "images.csv", [*rows, replace(row, split="test", round=2, hd95=3.0)])
     (job.run / "ledger.csv").write_text("round,client,bytes\n1,a,10\n2,a,20\n2,b,5\n")
-    job.add(60.0, 0)
-    return job
+    job.add(60.0, 0, "code")
 
 
 def test_tables_come_out_the_same(finished: Job, jobs: list[Job], study: Study, base: Path) -> None:
@@ -55,11 +61,31 @@ def test_kept_twice_is_kept_once(finished: Job, jobs: list[Job]) -> None:
 
 def test_another_configuration_is_not_replaced(finished: Job, jobs: list[Job], base: Path) -> None:
     keep(jobs, OUTPUT, KEPT)
-    (base / "setx" / "plain.yaml").write_text("data: data.yaml\nfederation: {rounds: 9}\n")
-    before = (KEPT / "x" / "plain" / "seed-0" / "definition.yaml").read_bytes()
-    with pytest.raises(RunError, match=r"kept/x/plain/seed-0 was begun with another.*configs\.plain\.yaml"):
+    place = KEPT / "x" / "large" / "taught" / "seed-0"
+    shutil.rmtree(finished.folder)
+    (base / "setx" / "large.yaml").write_text("data: data.yaml\nfederation: {rounds: 9}\n")
+    finish(finished)
+    before = (place / "definition.yaml").read_bytes()
+    with pytest.raises(RunError, match=r"kept/x/large/taught/seed-0 was begun with another.*configs\.setx/large\.yaml"):
         keep(jobs, OUTPUT, KEPT)
-    assert (KEPT / "x" / "plain" / "seed-0" / "definition.yaml").read_bytes() == before
+    assert (place / "definition.yaml").read_bytes() == before
+
+
+def test_what_was_edited_after_the_run_is_not_said_of_it(finished: Job, jobs: list[Job], base: Path) -> None:
+    before = (finished.folder / "definition.yaml").read_bytes()
+    (base / "setx" / "large.yaml").write_text("data: data.yaml\nfederation: {rounds: 9}\n")
+    for _ in range(2):
+        keep(jobs, OUTPUT, KEPT)
+        assert (KEPT / "x" / "large" / "taught" / "seed-0" / "definition.yaml").read_bytes() == before
+
+
+def test_whole_runs_are_not_replaced_by_their_rows(finished: Job, jobs: list[Job]) -> None:
+    run = KEPT / "x" / "large" / "taught" / "seed-0" / "run"
+    run.mkdir(parents=True)
+    (run / ".fkd-run").touch()
+    with pytest.raises(RunError, match="--keep kept is a study with runs of its own"):
+        keep(jobs, OUTPUT, KEPT)
+    assert [path.name for path in run.iterdir()] == [".fkd-run"]
 
 
 @pytest.mark.parametrize("folder", [OUTPUT, OUTPUT / "x", Path("elsewhere") / ".." / OUTPUT])

@@ -37,6 +37,14 @@ def test_what_is_finished_is_not_run_again_and_what_failed_is(jobs: list[Job]) -
     assert [job.note()["exit_code"] for job in jobs[:4]] == [0, 0, 0, 0]
 
 
+def test_what_failed_before_comes_last(jobs: list[Job]) -> None:
+    run_jobs(jobs[:2], console(), launch=lambda arguments, seconds: 3 if "plain" in arguments[2] else None)
+    told = io.StringIO()
+    run_jobs(jobs[:3], Console(file=told, width=120), launch=lambda arguments, seconds: 0)
+    lines = [line.partition("] ")[2].partition(" seed")[0] for line in told.getvalue().splitlines()]
+    assert lines == ["x small taught", "x extra", "x plain"], "one that was stopped has not failed"
+
+
 def test_time_is_up_leaves_the_rest_and_adds_the_seconds(jobs: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
     monkeypatch.setattr(runner_module.time, "monotonic", lambda: now[0])
@@ -68,6 +76,7 @@ def test_an_interruption_is_noted_and_passed_on(jobs: list[Job]) -> None:
 
 def test_nothing_runs_if_a_later_job_has_another_configuration(base: Path, jobs: list[Job]) -> None:
     jobs[4].prepare()
+    jobs[4].run.mkdir()
     (base / "sety" / "plain.yaml").write_text("data: other.yaml\n")
     with pytest.raises(RunError, match="another configuration"):
         run_jobs(jobs, console(), launch=lambda arguments, seconds: pytest.fail("ran"))

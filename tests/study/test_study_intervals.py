@@ -47,6 +47,7 @@ def test_hospitals_count_alike_and_one_can_be_looked_at() -> None:
 
 
 def test_too_few_images_have_no_interval_and_none_no_mean() -> None:
+    assert math.isnan(nested_bootstrap({0: {"a": np.arange(9.0), "b": np.array([0.1])}}).low), "no spread in b"
     interval = nested_bootstrap({0: {"a": np.full(9, 0.5)}, 1: {"a": np.array([0.1, 0.2])}})
     assert math.isnan(interval.low) and interval.estimate == pytest.approx((0.5 + 0.15) / 2)
     assert math.isnan(nested_bootstrap({}).estimate)
@@ -55,7 +56,8 @@ def test_too_few_images_have_no_interval_and_none_no_mean() -> None:
 def test_pairs_are_of_the_same_seed_and_image() -> None:
     first = {0: [row(0.5, id="1"), row(0.6, id="2"), row(0.1, client="b", id="1")], 1: [row(0.3)]}
     second = {0: [row(0.9, id="2"), row(0.7, id="3"), row(0.4, client="b", id="1")], 2: [row(0.3)]}
-    found = paired(first, second)
+    with pytest.warns(UserWarning, match="seed 0: of 3 images of one arm and 3 of the other, 2 are in both"):
+        found = paired(first, second)
     assert list(found) == [0]
     assert {client: values.tolist() for client, values in found[0].items()} == {
         "a": [pytest.approx(0.3)], "b": [pytest.approx(0.3)],

@@ -34,7 +34,7 @@ def check_configurations(arguments: Sequence[str]) -> None:
         if stat.S_ISDIR(mode):
             raise ConfigError(f"--config {path} is a folder. Give a YAML file in it.")
         if stat.S_ISREG(mode):
-            _check(path)
+            check_configuration(path)
 
 
 def _files(arguments: Sequence[str]) -> Iterator[Path]:
@@ -44,7 +44,12 @@ def _files(arguments: Sequence[str]) -> Iterator[Path]:
             yield Path(value if equals else arguments[position + 1])
 
 
-def _check(path: Path) -> None:
+def check_configuration(path: Path) -> None:
+    """Read one file.
+
+    Raises:
+        ConfigError: as `check_configurations` does.
+    """
     try:
         if path.stat().st_size > _LARGEST:
             raise ConfigError(f"{path} is larger than 4 MiB, so it is no configuration. Give a YAML file of ours.")

@@ -11,12 +11,25 @@ import yaml
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
+from fkd_med.cli.configuration_files import check_configuration
 from fkd_med.cli.console import wide_console
 from fkd_med.cli.signals import TERMINATED
 from fkd_med.errors import ConfigError
 from fkd_med.files import make_folder
 from fkd_med.locks import locked
-from fkd_med.study import Job, Selection, Study, Tables, Tally, check_keep, jobs_of, keep, read_outcomes, run_jobs
+from fkd_med.study import (
+    Job,
+    Selection,
+    Study,
+    Tables,
+    Tally,
+    check_keep,
+    finished_beside,
+    jobs_of,
+    keep,
+    read_outcomes,
+    run_jobs,
+)
 from fkd_med.study.report import write_report
 
 _DESCRIPTION = """Run a study: every arm on every cell (data set and teacher) with every seed, each a run of `fkd fit`.
@@ -31,7 +44,7 @@ def reproduce(arguments: list[str]) -> None:
     Raises:
         ConfigError: a name in the study or on the command line is unknown; data or files are missing.
         RunError: the folder holds runs of another configuration, or another process works in it.
-        SystemExit: 3 when a run failed, 143 when time was up; the tables of the others are written.
+        SystemExit: 143 when time was up, 3 when a run failed; the tables of the others are written.
     """
     given = _parser().parse_args(arguments)
     study = read_study(Path(given.config))
@@ -39,6 +52,11 @@ def reproduce(arguments: list[str]) -> None:
     output = Path(given.output or Path("results") / Path(given.config).stem / given.preset).expanduser()
     selection = Selection(given.cells, given.arms, given.seeds, _roots(given.data), without_images=given.tables)
     jobs = jobs_of(study, preset, Path(given.config).resolve().parent, output, selection)
+    for files in (lambda job: job.configs, Job.files):  # first what arms name, then what those name
+        for file in dict.fromkeys(file for job in jobs for file in files(job)):
+            check_configuration(file)
+    if given.tables and not output.is_dir():
+        raise ConfigError(f"--output {output} is no folder, so there are no runs to make tables of.")
     console = wide_console(140)
     tally = Tally(left=[job for job in jobs if not job.finished])
     if given.keep is not None:
@@ -47,7 +65,8 @@ def reproduce(arguments: list[str]) -> None:
     if not given.tables:  # tables may be looked at while the study runs
         with locked(output / ".fkd-study-lock", f"The study {output}"):
             tally = run_jobs(jobs, console, given.minutes)
-    _write(study, jobs, given.split, output, console, arguments)
+    tables = Tables(study, jobs, read_outcomes(jobs, given.split), given.split, given.cells or preset.cells)
+    _write(tables, jobs, output, console, arguments)
     if given.keep is not None:
         number = keep(jobs, output, Path(given.keep))
         console.print(f"Kept the rows of {number} runs in {given.keep}.", markup=False, soft_wrap=True)
@@ -85,8 +104,10 @@ def _taken_settings(content: dict[str, Any], path: Path) -> dict[str, dict[str, 
     return taken
 
 
-def _write(study: Study, jobs: list[Job], split: Any, output: Path, console: Console, arguments: list[str]) -> None:
-    tables = Tables(study, jobs, read_outcomes(jobs, split), split)
+def _write(tables: Tables, jobs: list[Job], output: Path, console: Console, arguments: list[str]) -> None:
+    other = finished_beside(output, jobs)
+    if other:
+        console.print(f"Finished and not asked for, so in no table: {', '.join(other)}.", markup=False, soft_wrap=True)
     if not tables.outcomes:
         console.print("No run is finished yet, so there are no tables.")
         return
@@ -96,9 +117,9 @@ def _write(study: Study, jobs: list[Job], split: Any, output: Path, console: Con
     if tables.missing:
         console.print(f"Missing: {', '.join(tables.missing)}.", markup=False, soft_wrap=True)
     head = [f"Made by `fkd reproduce {shlex.join(arguments)}`.\n"]
-    other = [f"{job.name} ({', '.join(keys)})" for job in jobs if job.finished and (keys := job.changes())]
-    if other:
-        head.append(f"**Made with another configuration than today's**: {'; '.join(other)}.\n")
+    changed = [f"{job.name} ({', '.join(keys)})" for job in jobs if job.finished and (keys := job.changes())]
+    if changed:
+        head.append(f"**Made with another configuration than today's**: {'; '.join(changed)}.\n")
         console.print(head[-1].replace("**", ""), markup=False, soft_wrap=True, style="yellow")
     files = write_report(tables, output, head)
     console.print(f"Written to {output}: {', '.join(file.name for file in files)}", markup=False, soft_wrap=True)
@@ -108,11 +129,11 @@ def _end(tally: Tally, only_tables: bool, console: Console) -> None:
     """Say what failed and what is left, and end with an exit code that says the same."""
     for name, code in tally.failed.items():
         console.print(f"Failed with exit code {code}: {name}; its message is above.", style="red", markup=False)
-    if tally.failed:
-        sys.exit(3)
     if tally.left and not only_tables:
         console.print(f"Time is up; {len(tally.left)} runs are left. The same command goes on.", markup=False)
         sys.exit(TERMINATED)
+    if tally.failed:
+        sys.exit(3)
 
 
 def _roots(pairs: list[str] | None) -> dict[str, str]:

@@ -28,6 +28,7 @@ _DECIDES = {
 _HARMLESS = {
     "": "run_dir test_after_fit",
     "data": "num_workers",
+    "model.teacher": "store",  # a teacher is found again, or trained anew, by what decides it
     "federation": "uplink_mbps downlink_mbps local_baseline parallel",
     "trainer": """logger max_time limit_test_batches limit_predict_batches num_sanity_val_steps log_every_n_steps
         enable_progress_bar enable_model_summary inference_mode profiler detect_anomaly default_root_dir

@@ -1,7 +1,7 @@
 """Studies: many runs of one design (data sets, teachers, arms, seeds), run one after the other and put in tables."""
 
 from fkd_med.study.design import Arm, Difference, Images, Preset, Study
-from fkd_med.study.jobs import Job, Selection, jobs_of
+from fkd_med.study.jobs import Job, Selection, finished_beside, jobs_of
 from fkd_med.study.keeping import check_keep, keep
 from fkd_med.study.outcome import Outcome, read_outcomes
 from fkd_med.study.runner import Tally, run_jobs
@@ -19,6 +19,7 @@ __all__ = [
     "Tables",
     "Tally",
     "check_keep",
+    "finished_beside",
     "jobs_of",
     "keep",
     "read_outcomes",

@@ -1,13 +1,15 @@
 """Intervals over seeds and images: what another training, tested on other such images, might have come to.
 
 A nested percentile bootstrap (Davison and Hinkley 1997, both levels with replacement): seeds are drawn with
-replacement, and for each seed drawn the images of each hospital. Few seeds are a weak sample of all seeds: with
-three, the interval is too narrow, which tables say.
+replacement, and for each seed drawn the images of each hospital. Few seeds are a weak sample of all seeds: of k seeds
+the spread between seeds comes out too small, by (k - 1) / k in variance, and that of images, which counts at both
+levels, too large, by up to 2 - 1 / k. Images of one patient count as independent. Tables say so.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -25,11 +27,20 @@ def samples(rows: Mapping[int, Sequence[ImageRow]], metric: str = "dice") -> Sam
 
 
 def paired(first: Mapping[int, Sequence[ImageRow]], second: Mapping[int, Sequence[ImageRow]]) -> Samples:
-    """Return the Dice of `second` minus that of `first` image by image, for the seeds and images that both have."""
+    """Return the Dice of `second` minus that of `first` image by image, for the seeds and images that both have.
+
+    Warns where a seed's two arms were scored on different images: their data or splits were not the same.
+    """
     found = {}
     for seed in sorted(first.keys() & second.keys()):
         base = {(row.client, row.id): row.dice for row in first[seed]}
         common = [(row, base[row.client, row.id]) for row in second[seed] if (row.client, row.id) in base]
+        if not len(common) == len(base) == len(second[seed]):
+            warnings.warn(
+                f"seed {seed}: of {len(base)} images of one arm and {len(second[seed])} of the other, {len(common)} "
+                "are in both; only these are compared. Were both arms given the same data?",
+                stacklevel=2,
+            )
         found[seed] = _by_hospital([(row.client, row.dice - dice) for row, dice in common])
     return {seed: values for seed, values in found.items() if values}
 
@@ -52,7 +63,8 @@ def nested_bootstrap(values: Samples, hospital: str | None = None, draws: int = 
         return Interval(math.nan, math.nan, math.nan, 0)
     estimate = float(np.mean([np.mean([v.mean() for v in of.values()]) for of in kept.values()]))
     count = sum(len(v) for of in kept.values() for v in of.values())
-    if min(sum(len(v) for v in of.values()) for of in kept.values()) < MIN_IMAGES:
+    few = min(sum(len(v) for v in of.values()) for of in kept.values()) < MIN_IMAGES
+    if few or min(len(v) for of in kept.values() for v in of.values()) < 2:  # one image has no spread to draw from
         return Interval(estimate, math.nan, math.nan, count)
     rng = np.random.default_rng(derive_seed("nested bootstrap", hospital or ""))
     seeds = sorted(kept)

@@ -7,7 +7,6 @@ import json
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from fkd_med.rundir import RunDir
 from fkd_med.study.design import Arm, Preset, Study, check_known, check_seeds, filled
 
 Settings = dict[str, Any]
+_STOPPED = (0, 130, 143)  # done, by Ctrl-C, because time was up
 
 
 @dataclass(frozen=True)
@@ -59,23 +59,23 @@ class Job:
     @property
     def finished(self) -> bool:
         """Whether the run came to its end, with its test."""
-        return bool(self.note().get("finished"))
+        return _finished(self.note())
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last attempt ended with an error; one that was stopped did not."""
+        return self.note().get("exit_code", 0) not in _STOPPED
 
     def note(self) -> dict[str, Any]:
         """Return what is known of it: `finished`, `seconds` of all its attempts, `exit_code` and `code` of the last."""
         path = self.folder / "outcome.yaml"
-        if not path.is_file():
-            return {}
-        try:
-            note = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RunError(f"{path} cannot be read. Delete it: the run then goes on from its checkpoint.") from error
+        note = _own(path, "Delete it: the run then goes on from its checkpoint.") if path.is_file() else {}
         return note if isinstance(note, dict) else {}
 
-    def add(self, seconds: float, exit_code: int) -> None:
-        """Write down that an attempt ended."""
+    def add(self, seconds: float, exit_code: int, code: str) -> None:
+        """Write down that an attempt ended, and of which code (`code_of_today`) it was."""
         total = float(self.note().get("seconds", 0.0)) + seconds
-        note = {"finished": exit_code == 0, "seconds": round(total, 1), "exit_code": exit_code, "code": _code()}
+        note = {"finished": exit_code == 0, "seconds": round(total, 1), "exit_code": exit_code, "code": code}
         atomic_write_text(self.folder / "outcome.yaml", yaml.safe_dump(note, sort_keys=False))
 
     def arguments(self) -> list[str]:
@@ -85,12 +85,23 @@ class Job:
         closed = any(RunDir(self.run).checkpoints.glob("*.ckpt"))
         return [*arguments, "--ckpt_path", "last"] if closed else arguments
 
+    def files(self) -> list[Path]:
+        """Return its configuration files and those that they name (`data: data.yaml`), each once, in order."""
+        found: dict[Path, None] = {}
+        for file in self.configs:
+            found[file] = None
+            for value in (_content(file) or {}).values():
+                part = file.parent / value if isinstance(value, str) and value.endswith((".yaml", ".yml")) else None
+                if part is not None and part.is_file():
+                    found[part] = None
+        return list(found)
+
     def definition(self) -> Settings:
         """Return what decides the run's result, in plain containers: digests of what its files say, and its settings.
 
-        Comments and layout of a file do not count.
+        Comments and layout of a file do not count; the order of the files does.
         """
-        digests = {file.name: _digest(_content(file)) for file in _with_parts(self.configs)}
+        digests = {"/".join(file.parts[-2:]): _digest(_content(file)) for file in self.files()}
         return {"configs": digests, "settings": self.decides}
 
     def prepare(self) -> None:
@@ -99,33 +110,41 @@ class Job:
         Raises:
             RunError: names what has changed.
         """
-        self.check_definition(self.folder)
-        self.write_definition(self.folder)
+        if changed := self.changes():
+            raise _another(self.folder, changed)
+        atomic_write_text(self.folder / "definition.yaml", yaml.safe_dump(self.definition(), sort_keys=False))
         if not self.finished:
             atomic_write_text(self.folder / "settings.yaml", yaml.safe_dump(self.settings, sort_keys=False))
 
-    def changes(self, folder: Path | None = None) -> list[str]:
-        """Return the keys in which the definition in a folder, or in the job's own, differs from today's."""
-        path = (folder or self.folder) / "definition.yaml"
-        if not path.is_file():
-            return []
-        return _differing(yaml.safe_load(path.read_text(encoding="utf-8")), self.definition())
-
-    def check_definition(self, folder: Path) -> None:
-        """Refuse a folder that holds a run of another definition.
+    def changes(self) -> list[str]:
+        """Return the keys in which the run was begun otherwise than it would be now; none if it was not begun.
 
         Raises:
-            RunError: names what has changed.
+            RunError: its definition.yaml cannot be read.
         """
-        if changed := self.changes(folder):
-            raise RunError(
-                f"{folder} was begun with another configuration; changed: {', '.join(changed)}. Give another folder, "
-                "put it back, or delete the folder to make it anew."
-            )
+        begun = self.run.is_dir() or (self.folder / "outcome.yaml").is_file()
+        return _differing(self.begun_with(), self.definition()) if begun else []
 
-    def write_definition(self, folder: Path) -> None:
-        """Write the definition into a folder."""
-        atomic_write_text(folder / "definition.yaml", yaml.safe_dump(self.definition(), sort_keys=False))
+    def begun_with(self) -> Settings:
+        """Return the definition that it was begun with; today's if none was written.
+
+        Raises:
+            RunError: its definition.yaml cannot be read.
+        """
+        path = self.folder / "definition.yaml"
+        return _own(path, "Delete the folder to make the run anew.") if path.is_file() else self.definition()
+
+    def check_kept(self, folder: Path) -> None:
+        """Refuse to keep it in a folder that holds the same run of another definition.
+
+        Raises:
+            RunError: names what differs.
+        """
+        path = folder / "definition.yaml"
+        if path.is_file():
+            kept = _own(path, "Delete the folder to keep the run anew.")
+            if changed := _differing(kept, self.begun_with()):
+                raise _another(folder, changed)
 
 
 @dataclass(frozen=True)
@@ -189,6 +208,19 @@ def jobs_of(
     return list(found.values())
 
 
+def finished_beside(output: Path, jobs: Sequence[Job]) -> list[str]:
+    """Return the finished runs in a study's folder that are not among these, by their folder in it."""
+    asked = {job.folder for job in jobs}
+    places = [path.parent for depth in ("*/*", "*/*/*") for path in output.glob(f"{depth}/seed-*/outcome.yaml")]
+    others = [place for place in places if place.resolve() not in asked]
+    notes = [_own(place / "outcome.yaml", "Delete it: the run then goes on from its checkpoint.") for place in others]
+    return sorted(str(place.relative_to(output)) for place, note in zip(others, notes, strict=True) if _finished(note))
+
+
+def _finished(note: Any) -> bool:
+    return isinstance(note, dict) and bool(note.get("finished"))
+
+
 def _job(
     study: Study, preset: Preset, base: Path, output: Path, selection: Selection, cell: str, name: str, seed: int
 ) -> Job:
@@ -245,18 +277,6 @@ def merge(into: Settings, other: Mapping[str, Any]) -> None:
             into[key] = _replaced(value, {})
 
 
-def _with_parts(files: Sequence[Path]) -> list[Path]:
-    """Return configuration files and those that they name (`data: data.yaml`), each once."""
-    found: dict[Path, None] = {}
-    for file in files:
-        found[file] = None
-        for value in (_content(file) or {}).values():
-            part = file.parent / value if isinstance(value, str) and value.endswith((".yaml", ".yml")) else None
-            if part is not None and part.is_file():
-                found[part] = None
-    return list(found)
-
-
 def _content(file: Path) -> Any:
     return yaml.safe_load(file.read_text(encoding="utf-8"))
 
@@ -265,13 +285,11 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:16]
 
 
-@cache
-def _code() -> str:
-    """Say what code runs: the versions, and the commit where the package lies in a checkout."""
-    here = Path(__file__).parent
-    commit = ""
-    if any((folder / ".git").exists() for folder in here.parents):
-        asked = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude", "*"]
+def code_of_today() -> str:
+    """Say what code a run that starts now has: the versions, and the commit where the package lies in its checkout."""
+    checkout, commit = Path(__file__).parents[3], ""
+    if (checkout / ".git").exists():
+        asked = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude", "*"]
         try:
             commit = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
         except (OSError, subprocess.TimeoutExpired):
@@ -279,9 +297,25 @@ def _code() -> str:
     return f"fkd-med {version('fkd-med')}{commit and f' ({commit})'}, torch {version('torch')}"
 
 
+def _own(path: Path, remedy: str) -> Any:
+    """Read a YAML file that we have written."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RunError(f"{path} cannot be read. {remedy}") from error
+
+
+def _another(folder: Path, changed: list[str]) -> RunError:
+    return RunError(
+        f"{folder} was begun with another configuration; changed: {', '.join(changed)}. Give another folder, put it "
+        "back, or delete the folder to make it anew."
+    )
+
+
 def _differing(before: Any, now: Any, key: str = "") -> list[str]:
-    """Return the dotted keys in which two nested settings differ."""
+    """Return the dotted keys in which two nested settings differ; of files laid over each other, their order too."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         names = dict.fromkeys([*before, *now])
-        return [k for n in names for k in _differing(before.get(n), now.get(n), f"{key}.{n}".strip("."))]
+        found = [k for n in names for k in _differing(before.get(n), now.get(n), f"{key}.{n}".strip("."))]
+        return found or ([f"{key} (their order)"] if key == "configs" and list(before) != list(now) else [])
     return [] if before == now else [key]

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from fkd_med.errors import ConfigError
+import yaml
+
+from fkd_med.errors import ConfigError, RunError
 from fkd_med.evaluation.history import read_bytes
 from fkd_med.evaluation.rows import ImageTable
 from fkd_med.files import atomic_write_bytes, atomic_write_text
@@ -40,12 +42,18 @@ def check_keep(jobs: Iterable[Job], output: Path, folder: Path) -> None:
 
     Raises:
         ConfigError: it is the study's own folder, or inside it.
-        RunError: it holds a run of another configuration.
+        RunError: it holds a run of another configuration, or a whole run, of which it would leave the rows only.
     """
     if folder.expanduser().resolve().is_relative_to(output.resolve()):
         raise ConfigError(f"--keep {folder} is in the study's own folder, {output}. Name another.")
     for job in jobs:
-        job.check_definition(_place(job, output, folder))
+        place = _place(job, output, folder)
+        if (place / "run" / ".fkd-run").exists():
+            raise RunError(
+                f"--keep {folder} is a study with runs of its own, such as {place / 'run'}; only their rows would be "
+                "left. Name another folder."
+            )
+        job.check_kept(place)
 
 
 def _place(job: Job, output: Path, folder: Path) -> Path:
@@ -54,7 +62,8 @@ def _place(job: Job, output: Path, folder: Path) -> Path:
 
 def _keep_one(job: Job, folder: Path) -> None:
     rows = kept_rows(job)
-    job.write_definition(folder)
+    definition = yaml.safe_dump(job.begun_with(), sort_keys=False)
+    atomic_write_text(folder / "definition.yaml", definition)
     ImageTable.write(folder / "run" / "images.csv", rows)
     sent = read_bytes(job.run / "ledger.csv")
     if sent:

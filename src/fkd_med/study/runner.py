@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 
-from fkd_med.study.jobs import Job
+from fkd_med.study.jobs import Job, code_of_today
 
 Launch = Callable[[list[str], float | None], int | None]
 _PATIENCE = 60.0  # seconds to write down what is open after SIGTERM, before SIGKILL
@@ -37,6 +37,8 @@ def run_jobs(
 ) -> Tally:
     """Run what is not finished; go on with what was interrupted; leave a failed job and go on with the next.
 
+    Jobs that failed in an earlier call come last, so that they do not eat the time of the others.
+
     Args:
         jobs: the jobs, in order.
         console: where progress is told.
@@ -52,7 +54,7 @@ def run_jobs(
     launch = launch or run_process
     end = None if minutes is None else time.monotonic() + 60 * minutes
     tally = Tally(done=[job for job in jobs if job.finished])
-    for job in jobs:
+    for job in sorted(jobs, key=lambda job: job.failed):
         if job.finished:
             continue
         left = None if end is None else end - time.monotonic()
@@ -72,17 +74,20 @@ def run_jobs(
 
 
 def _attempt(job: Job, launch: Launch, left: float | None) -> int | None:
-    started, code = time.monotonic(), signal.SIGINT + 128
+    started, code, of = time.monotonic(), signal.SIGINT + 128, code_of_today()
     try:
         ended = launch(job.arguments(), left)
         code = signal.SIGTERM + 128 if ended is None else ended
         return ended
     finally:
-        job.add(time.monotonic() - started, code)
+        job.add(time.monotonic() - started, code, of)
 
 
 def run_process(arguments: list[str], seconds: float | None) -> int | None:
-    """Run `fkd` in a process that ends with this one; return its exit code, or None if it was stopped after `seconds`.
+    """Run `fkd` in a process; return its exit code, or None if it was stopped after `seconds`.
+
+    It ends with this one, unless this one is killed outright: then it finishes its run, and a study that is given again
+    meanwhile is refused that run by its lock.
 
     A process of its own costs some seconds of imports, and keeps the study alive and its memory flat whatever happens
     in a run; several devices start their processes from it.

@@ -18,8 +18,8 @@ from fkd_med.study.jobs import Job
 from fkd_med.study.outcome import Outcome, Rows
 
 _INTERVALS = (
-    "Intervals: 95 %, bootstrap over seeds and the images of each hospital. Few seeds make them too narrow; one seed "
-    "says nothing of others."
+    "Intervals: 95 %, bootstrap over seeds and the images of each hospital, images of one patient taken for "
+    "independent. Of few seeds they are rough, too narrow where seeds differ most; one seed says nothing of others."
 )
 
 
@@ -32,12 +32,14 @@ class Tables:
         jobs: the runs that were asked for.
         outcomes: what the finished ones came to, by data set, teacher and arm.
         split: the split that was scored, for the titles.
+        asked: the cells that were asked for, as ``data/teacher``; None for all that the runs belong to.
     """
 
     study: Study
     jobs: Sequence[Job]
     outcomes: Mapping[tuple[str, str, str], Outcome]
     split: str = "test"
+    asked: Sequence[str] | None = None
 
     @property
     def missing(self) -> list[str]:
@@ -51,11 +53,12 @@ class Tables:
 
     def cells(self) -> list[tuple[str, str]]:
         """Return the cells asked for, data set and teacher, in the design's order."""
-        asked = {(job.data, job.teacher) for job in self.jobs}
-        bare = {data for data, teacher in asked if not teacher}
-        pairs = [tuple(cell.split("/")) for cell in self.study.cells]
-        taught = {data for data, teacher in asked if teacher}
-        return [(d, t) for d, t in pairs if (d, t) in asked or (d in bare and d not in taught)]
+        found = {(job.data, job.teacher) for job in self.jobs}
+        bare = {data for data, teacher in found if not teacher}
+        cells = [cell for cell in self.study.cells if self.asked is None or cell in self.asked]
+        pairs = [tuple(cell.split("/")) for cell in cells]
+        taught = {data for data, teacher in found if teacher}
+        return [(d, t) for d, t in pairs if (d, t) in found or (d in bare and d not in taught)]
 
     def outcome(self, cell: tuple[str, str], arm: str) -> Outcome:
         """Return what an arm came to in a cell; one without rows where it is missing."""
@@ -79,7 +82,11 @@ class Tables:
                 if outcome.teacher:
                     rows.append(["", f"{design.label}: its teachers", *_scores(outcome.teacher), "", ""])
             sections.append(len(rows) - 1)
-        notes = [_INTERVALS, "Worst hospital: its mean Dice, averaged over seeds. Sent: all hospitals, up and down."]
+        notes = [
+            _INTERVALS,
+            "Worst hospital: its mean Dice, averaged over seeds. Sent: all hospitals, up and down. Time: with the "
+            "training of teachers for the arm that needed them first, and attempts that were interrupted.",
+        ]
         return Sheet(f"Arms on {self.split} images", columns, rows, notes, frozenset(sections[:-1]))
 
     def differences(self) -> Sheet:
@@ -120,12 +127,12 @@ class Tables:
                     shown = [number(teacher.estimate, 3), number(student.estimate, 3), f"{100 * ratio:.1f} %"]
                     shown += [f"{100 * points.estimate:+.2f}", _bounds(points, 100, "+.2f")]
                     rows.append([self.name(cell), design.label, str(len(outcome.teacher)), *shown])
-        notes = ["Teachers: each hospital's own on that hospital's images.", _INTERVALS]
+        notes = ["Teachers: what each hospital's student learned from, on that hospital's images.", _INTERVALS]
         return Sheet("Student beside teachers", columns, rows, notes)
 
     def hospitals(self, difference: Difference) -> Sheet:
         """Return a difference hospital by hospital: does anybody lose?"""
-        columns = [Column("cell", left=True), Column("hospital", left=True), Column("seeds"), Column("images")]
+        columns = [Column("cell", left=True), Column("hospital", left=True), Column("seeds"), Column("image scores")]
         columns += [Column("points"), Column("95 %")]
         rows = []
         for cell in self.cells():
