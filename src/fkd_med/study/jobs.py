@@ -122,17 +122,17 @@ class Job:
         Raises:
             RunError: its definition.yaml cannot be read.
         """
-        begun = self.run.is_dir() or (self.folder / "outcome.yaml").is_file()
-        return _differing(self.begun_with(), self.definition()) if begun else []
+        return _differing(self.begun_with(), self.definition())
 
     def begun_with(self) -> Settings:
-        """Return the definition that it was begun with; today's if none was written.
+        """Return the definition that it was begun with; today's if it was not begun.
 
         Raises:
             RunError: its definition.yaml cannot be read.
         """
         path = self.folder / "definition.yaml"
-        return _own(path, "Delete the folder to make the run anew.") if path.is_file() else self.definition()
+        begun = path.is_file() and (self.run.is_dir() or (self.folder / "outcome.yaml").is_file())
+        return _own(path, "Delete the folder to make the run anew.") if begun else self.definition()
 
     def check_kept(self, folder: Path) -> None:
         """Refuse to keep it in a folder that holds the same run of another definition.
