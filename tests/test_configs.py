@@ -178,6 +178,14 @@ def test_the_recipe_has_the_memory_of_its_own_file() -> None:
     assert one["federation"] == other["federation"]
 
 
+@pytest.mark.parametrize("preset", ["cpu", "paper"])
+def test_the_study_has_the_memory_of_its_file_but_for_the_views(preset: str) -> None:
+    (of_file,) = content(CONFIGS / "algorithms" / "mean_teacher.yaml")["federation"]["client_rules"]
+    settings = content(CONFIGS / "paper.yaml")["presets"][preset]["settings"]
+    (rule,) = settings["cvc_memory"]["federation"]["client_rules"]
+    assert rule == of_file | {"init_args": of_file["init_args"] | {"views": 8}}
+
+
 def runs_of_studies() -> Iterator[Any]:
     """Name the studies, presets and data, and of how many runs one is built: every third always, all in slow tests."""
     for file in STUDIES:

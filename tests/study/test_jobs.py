@@ -12,7 +12,7 @@ import yaml
 
 from fkd_med.errors import ConfigError, RunError
 from fkd_med.study import Job, Selection, Study, finished_beside, jobs_of
-from fkd_med.study.jobs import code_of_today
+from fkd_med.study.definition import code_of_today
 
 
 def begin(job: Job) -> None:

@@ -80,12 +80,11 @@ def test_what_was_edited_after_the_run_is_not_said_of_it(finished: Job, jobs: li
 
 
 def test_whole_runs_are_not_replaced_by_their_rows(finished: Job, jobs: list[Job]) -> None:
-    run = KEPT / "x" / "large" / "taught" / "seed-0" / "run"
-    run.mkdir(parents=True)
-    (run / ".fkd-run").touch()
-    with pytest.raises(RunError, match="--keep kept is a study with runs of its own"):
+    shutil.copytree(OUTPUT, KEPT)
+    before = {path: path.read_bytes() for path in KEPT.rglob("*") if path.is_file()}
+    with pytest.raises(RunError, match="--keep kept is a study that runs there itself"):
         keep(jobs, OUTPUT, KEPT)
-    assert [path.name for path in run.iterdir()] == [".fkd-run"]
+    assert {path: path.read_bytes() for path in KEPT.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("folder", [OUTPUT, OUTPUT / "x", Path("elsewhere") / ".." / OUTPUT])

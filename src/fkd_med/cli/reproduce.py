@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,8 @@ def reproduce(arguments: list[str]) -> None:
     output = Path(given.output or Path("results") / Path(given.config).stem / given.preset).expanduser()
     selection = Selection(given.cells, given.arms, given.seeds, _roots(given.data), without_images=given.tables)
     jobs = jobs_of(study, preset, Path(given.config).resolve().parent, output, selection)
-    for files in (lambda job: job.configs, Job.files):  # first what arms name, then what those name
-        for file in dict.fromkeys(file for job in jobs for file in files(job)):
-            check_configuration(file)
+    _check_files(file for job in jobs for file in job.configs)
+    _check_files(file for job in jobs for file in job.files())  # what those name; they can be read now
     if given.tables and not output.is_dir():
         raise ConfigError(f"--output {output} is no folder, so there are no runs to make tables of.")
     console = wide_console(140)
@@ -71,6 +71,11 @@ def reproduce(arguments: list[str]) -> None:
         number = keep(jobs, output, Path(given.keep))
         console.print(f"Kept the rows of {number} runs in {given.keep}.", markup=False, soft_wrap=True)
     _end(tally, given.tables, console)
+
+
+def _check_files(files: Iterable[Path]) -> None:
+    for file in dict.fromkeys(files):
+        check_configuration(file)
 
 
 def read_study(path: Path) -> Study:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +12,9 @@ import yaml
 from fkd_med.errors import ConfigError, RunError
 from fkd_med.files import atomic_write_text
 from fkd_med.rundir import RunDir
+from fkd_med.study.definition import Settings, define, differing, files_of
 from fkd_med.study.design import Arm, Preset, Study, check_known, check_seeds, filled
 
-Settings = dict[str, Any]
 _STOPPED = (0, 130, 143)  # done, by Ctrl-C, because time was up
 
 
@@ -59,7 +55,7 @@ class Job:
     @property
     def finished(self) -> bool:
         """Whether the run came to its end, with its test."""
-        return _finished(self.note())
+        return bool(self.note().get("finished"))
 
     @property
     def failed(self) -> bool:
@@ -68,9 +64,7 @@ class Job:
 
     def note(self) -> dict[str, Any]:
         """Return what is known of it: `finished`, `seconds` of all its attempts, `exit_code` and `code` of the last."""
-        path = self.folder / "outcome.yaml"
-        note = _own(path, "Delete it: the run then goes on from its checkpoint.") if path.is_file() else {}
-        return note if isinstance(note, dict) else {}
+        return _note(self.folder)
 
     def add(self, seconds: float, exit_code: int, code: str) -> None:
         """Write down that an attempt ended, and of which code (`code_of_today`) it was."""
@@ -86,23 +80,12 @@ class Job:
         return [*arguments, "--ckpt_path", "last"] if closed else arguments
 
     def files(self) -> list[Path]:
-        """Return its configuration files and those that they name (`data: data.yaml`), each once, in order."""
-        found: dict[Path, None] = {}
-        for file in self.configs:
-            found[file] = None
-            for value in (_content(file) or {}).values():
-                part = file.parent / value if isinstance(value, str) and value.endswith((".yaml", ".yml")) else None
-                if part is not None and part.is_file():
-                    found[part] = None
-        return list(found)
+        """Return its configuration files and those that they name, see `files_of`."""
+        return files_of(self.configs)
 
     def definition(self) -> Settings:
-        """Return what decides the run's result, in plain containers: digests of what its files say, and its settings.
-
-        Comments and layout of a file do not count; the order of the files does.
-        """
-        digests = {"/".join(file.parts[-2:]): _digest(_content(file)) for file in self.files()}
-        return {"configs": digests, "settings": self.decides}
+        """Return what decides the run's result, see `define`."""
+        return define(self.configs, self.decides)
 
     def prepare(self) -> None:
         """Write the settings of a run that is not finished; refuse a folder in which another definition was begun.
@@ -122,7 +105,7 @@ class Job:
         Raises:
             RunError: its definition.yaml cannot be read.
         """
-        return _differing(self.begun_with(), self.definition())
+        return differing(self.begun_with(), self.definition())
 
     def begun_with(self) -> Settings:
         """Return the definition that it was begun with; today's if it was not begun.
@@ -143,7 +126,7 @@ class Job:
         path = folder / "definition.yaml"
         if path.is_file():
             kept = _own(path, "Delete the folder to keep the run anew.")
-            if changed := _differing(kept, self.begun_with()):
+            if changed := differing(kept, self.begun_with()):
                 raise _another(folder, changed)
 
 
@@ -212,13 +195,8 @@ def finished_beside(output: Path, jobs: Sequence[Job]) -> list[str]:
     """Return the finished runs in a study's folder that are not among these, by their folder in it."""
     asked = {job.folder for job in jobs}
     places = [path.parent for depth in ("*/*", "*/*/*") for path in output.glob(f"{depth}/seed-*/outcome.yaml")]
-    others = [place for place in places if place.resolve() not in asked]
-    notes = [_own(place / "outcome.yaml", "Delete it: the run then goes on from its checkpoint.") for place in others]
-    return sorted(str(place.relative_to(output)) for place, note in zip(others, notes, strict=True) if _finished(note))
-
-
-def _finished(note: Any) -> bool:
-    return isinstance(note, dict) and bool(note.get("finished"))
+    others = [place for place in places if place.resolve() not in asked and _note(place).get("finished")]
+    return sorted(str(place.relative_to(output)) for place in others)
 
 
 def _job(
@@ -277,24 +255,11 @@ def merge(into: Settings, other: Mapping[str, Any]) -> None:
             into[key] = _replaced(value, {})
 
 
-def _content(file: Path) -> Any:
-    return yaml.safe_load(file.read_text(encoding="utf-8"))
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:16]
-
-
-def code_of_today() -> str:
-    """Say what code a run that starts now has: the versions, and the commit where the package lies in its checkout."""
-    checkout, commit = Path(__file__).parents[3], ""
-    if (checkout / ".git").exists():
-        asked = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude", "*"]
-        try:
-            commit = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
-        except (OSError, subprocess.TimeoutExpired):
-            commit = ""
-    return f"fkd-med {version('fkd-med')}{commit and f' ({commit})'}, torch {version('torch')}"
+def _note(folder: Path) -> dict[str, Any]:
+    """Return what a run's folder says became of it; nothing if it says nothing."""
+    path = folder / "outcome.yaml"
+    note = _own(path, "Delete it: the run then goes on from its checkpoint.") if path.is_file() else {}
+    return note if isinstance(note, dict) else {}
 
 
 def _own(path: Path, remedy: str) -> Any:
@@ -310,12 +275,3 @@ def _another(folder: Path, changed: list[str]) -> RunError:
         f"{folder} was begun with another configuration; changed: {', '.join(changed)}. Give another folder, put it "
         "back, or delete the folder to make it anew."
     )
-
-
-def _differing(before: Any, now: Any, key: str = "") -> list[str]:
-    """Return the dotted keys in which two nested settings differ; of files laid over each other, their order too."""
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        names = dict.fromkeys([*before, *now])
-        found = [k for n in names for k in _differing(before.get(n), now.get(n), f"{key}.{n}".strip("."))]
-        return found or ([f"{key} (their order)"] if key == "configs" and list(before) != list(now) else [])
-    return [] if before == now else [key]

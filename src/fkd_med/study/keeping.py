@@ -48,10 +48,10 @@ def check_keep(jobs: Iterable[Job], output: Path, folder: Path) -> None:
         raise ConfigError(f"--keep {folder} is in the study's own folder, {output}. Name another.")
     for job in jobs:
         place = _place(job, output, folder)
-        if (place / "run" / ".fkd-run").exists():
+        if (place / "settings.yaml").exists():  # of `Job.prepare`; what is kept has none
             raise RunError(
-                f"--keep {folder} is a study with runs of its own, such as {place / 'run'}; only their rows would be "
-                "left. Name another folder."
+                f"--keep {folder} is a study that runs there itself: of {place} only rows would be left. Name another "
+                "folder."
             )
         job.check_kept(place)
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 
-from fkd_med.study.jobs import Job, code_of_today
+from fkd_med.study.definition import code_of_today
+from fkd_med.study.jobs import Job
 
 Launch = Callable[[list[str], float | None], int | None]
 _PATIENCE = 60.0  # seconds to write down what is open after SIGTERM, before SIGKILL
