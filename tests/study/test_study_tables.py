@@ -41,6 +41,14 @@ def test_arms(tables: Tables) -> None:
     assert [line[:2] for line in others] == [["Set X, Large", "plain student"]]  # the run that both teachers share
 
 
+def test_only_the_cells_that_were_asked_for(tables: Tables) -> None:
+    """Though their shared run belongs to another cell too."""
+    plain = [job for job in tables.jobs if job.name.startswith("x plain")]
+    asked = Tables(tables.study, plain, read_outcomes(plain), asked=["x/small"])
+    assert [line[0] for line in found(asked, "Arms")] == ["Set X, Small"]
+    assert len(found(Tables(tables.study, plain, read_outcomes(plain)), "Arms")) == 2
+
+
 def test_differences(tables: Tables) -> None:
     assert found(tables, "Differences") == [["Set X, Small", "gain", "2", "+4.00", "+2.00 to +6.00", "+2.0, +6.0"]]
 
