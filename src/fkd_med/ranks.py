@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
@@ -22,6 +22,15 @@ def count_processes() -> int:
     return 1
 
 
+def of_all_ranks(value: T) -> list[T]:
+    """Return what each process has, in the order of the ranks; all ranks must call it."""
+    if count_processes() == 1:
+        return [value]
+    gathered: list[Any] = [None] * count_processes()
+    torch.distributed.all_gather_object(gathered, value)
+    return gathered
+
+
 def mean_of_ranks(values: dict[str, float]) -> dict[str, float]:
     """Return the mean of what each process has measured on its equal part of the images.
 
@@ -29,8 +38,7 @@ def mean_of_ranks(values: dict[str, float]) -> dict[str, float]:
     """
     if count_processes() == 1:
         return values
-    gathered: list[dict[str, float]] = [{}] * count_processes()
-    torch.distributed.all_gather_object(gathered, values)
+    gathered = of_all_ranks(values)
     return {name: sum(one[name] for one in gathered) / len(gathered) for name in values}
 
 

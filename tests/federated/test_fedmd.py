@@ -78,7 +78,7 @@ def test_a_digest_step_is_its_equation(fed) -> None:
     consensus = {str(i): torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(i)).half() for i in (4, 1, 2)}
     expected = copy.deepcopy(student)
     rule = PublicDigest(batch_size=64, optimizer=sgd)
-    rule.meet(SimpleNamespace(public_images=lambda: images), 7)
+    rule.meet(SimpleNamespace(public_images=lambda: images), "a", 7)
     rule.begin(Broadcast(2, {}, {PUBLIC_LOGITS: consensus}), {})
     rule._digest(student, Surroundings())
     p = torch.sigmoid(torch.stack([consensus[str(i)] for i in (1, 2, 4)]).float())

@@ -185,4 +185,4 @@ def test_bad_settings_and_foreign_modules_are_refused(fed, tmp_path) -> None:
         pass
 
     with pytest.raises(ConfigError, match="Foreign is not"):
-        GlobalDistillation().on_train_start(None, Foreign())  # type: ignore[arg-type]
+        GlobalDistillation().check(Foreign(), None)

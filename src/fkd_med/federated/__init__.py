@@ -1,5 +1,6 @@
 """Rounds of a federation: the recipe, who takes part, the Trainer whose epochs they are, a client's part, teachers."""
 
+from fkd_med.federated.ahead import TeachWhileAhead
 from fkd_med.federated.chaos import Chaos
 from fkd_med.federated.client import ClientWorker
 from fkd_med.federated.client_data import ClientData
@@ -37,5 +38,6 @@ __all__ = [
     "ScaffoldRule",
     "ServerDistillation",
     "ServerWork",
+    "TeachWhileAhead",
     "TeacherStage",
 ]

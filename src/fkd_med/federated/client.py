@@ -127,7 +127,7 @@ class ClientWorker:
         self.federation.policy.freeze(worker)
         rules = [] if self.federation.is_local else copy.deepcopy(self.federation.client_rules)
         for rule in rules:
-            rule.meet(self.data, self.seed)
+            rule.meet(self.data, client, self.seed)
             rule.begin(broadcast, before.rules.get(type(rule).__name__, {}))
         companions = worker.companions if isinstance(worker, DistillationModule) else None
         with seeded(self.seed, broadcast.round, client), quiet():

@@ -194,7 +194,7 @@ class Federation:
         if self.aggregator is not None:
             self.aggregator.begin(len(clients))
             for rule in self.client_rules:
-                rule.check(data)
+                rule.check(student, data)
         self.logits = shared_logits(student, data) if self.share_logits else None
         if self.server_distillation is not None:
             self.server_distillation.check(student, self.policy)

@@ -71,7 +71,7 @@ class PublicDigest(ClientRule):
         self._said: State = {}
         self._seed = self._round = 0
 
-    def check(self, data: Any) -> None:
+    def check(self, module: nn.Module, data: Any) -> None:
         """Refuse data without public images, or with fewer than are wanted (ConfigError)."""
         count = len(public_images(data, type(self).__name__))
         if self.images is not None and self.images > count:
@@ -79,7 +79,7 @@ class PublicDigest(ClientRule):
                 f"PublicDigest: images is {self.images}, and data.public holds {count}: lower it, or leave it out."
             )
 
-    def meet(self, data: Any, seed: int) -> None:
+    def meet(self, data: Any, client: str, seed: int) -> None:
         """Take the public images and the run's seed."""
         self._public, self._seed = public_images(data, type(self).__name__), seed
 

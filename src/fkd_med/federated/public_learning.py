@@ -75,7 +75,7 @@ def answers(model: nn.Module, images: Any, positions: Positions, size: int, arou
     """
     for start in range(0, len(positions), size):
         with around.autocast():
-            logits = model(_ready(stacked(images, positions[start : start + size]), model, around))
+            logits = model(ready(stacked(images, positions[start : start + size]), model, around))
         logits = logits.detach().float().cpu()
         if not bool(torch.isfinite(logits).all()):
             raise TrainingError("answers with NaN or infinity about public images")
@@ -150,7 +150,7 @@ def approach(
         show(step)
         optimizer.zero_grad()
         with torch.enable_grad(), evaluating(student), around.autocast():
-            logits = student(_ready(stacked(images, batch), student, around))
+            logits = student(ready(stacked(images, batch), student, around))
             loss = logit_kl(logits, targets.of(batch).to(around.device), temperature)
         losses.append(float(loss.detach()))
         if not np.isfinite(losses[-1]):
@@ -164,7 +164,7 @@ def approach(
     return losses
 
 
-def _ready(image: Tensor, model: nn.Module, around: Surroundings) -> Tensor:
+def ready(image: Tensor, model: nn.Module, around: Surroundings) -> Tensor:
     """Return images on the device, in the type of the model's weights."""
     dtype = next((p.dtype for p in model.parameters()), image.dtype)
     return image.to(around.device, dtype)

@@ -27,11 +27,11 @@ class ClientRule(L.Callback):
     sections: ClassVar[frozenset[str]] = frozenset()
     """The sections of an update that this rule supplies."""
 
-    def check(self, data: Any) -> None:
-        """Refuse, before any work, a data module that this rule cannot use (ConfigError)."""
+    def check(self, module: nn.Module, data: Any) -> None:
+        """Refuse, before any work, a module or a data module that this rule cannot use (ConfigError)."""
 
-    def meet(self, data: Any, seed: int) -> None:
-        """Take the client's data module and the run's seed, before `begin`; most rules need neither."""
+    def meet(self, data: Any, client: str, seed: int) -> None:
+        """Take the data module, the client's name and the run's seed, before `begin`; most rules need none of them."""
 
     def begin(self, broadcast: Broadcast, kept: State) -> None:
         """Take what the server sent, and what this client kept from its last round (empty at first)."""

@@ -73,6 +73,7 @@ class DistillationModule(SegmentationModule):
         self.supervised_weight = supervised_weight
         self.teacher_cache = teacher_cache or "off"
         self.teacher_views = teacher_views
+        self.teaches = True  # whether the teacher is listened to; a client rule may silence it for a round
         check_settings(self.losses, supervised_weight, self.teacher_cache, teacher_views)
         if teacher is not None:
             teacher.check_taps(self.teacher_taps)
@@ -237,7 +238,7 @@ class DistillationModule(SegmentationModule):
 
     def loss_terms(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return the weighted supervised loss and distillation terms of a batch."""
-        weights = weights_at(self.losses, progress_of(self.clock, self._trainer))
+        weights = weights_at(self.losses, progress_of(self.clock, self._trainer)) if self.teaches else {}
         if self._student_taps is None:
             self._student_taps = Taps(self.network, [t.student_tap for t in self.active_losses.values()], "the student")
         shown = self._student_taps(batch["image"], self)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
@@ -13,6 +12,7 @@ from fkd_med.evaluation import ImageRow, score_image, summarize
 from fkd_med.losses import supervised_loss
 from fkd_med.modules.personal import PersonalTensors
 from fkd_med.modules.schedule import RunClock
+from fkd_med.ranks import of_all_ranks
 
 
 def predict_classes(logits: Tensor) -> Tensor:
@@ -131,9 +131,6 @@ class EvaluatedModule(LightningModule):
     @staticmethod
     def _gather(rows: list[ImageRow], losses: list[float]) -> tuple[list[ImageRow], list[float]]:
         """Collect rows and losses of every rank; each image once, since distributed samplers pad with repeats."""
-        gathered = [(rows, losses)]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            gathered = [([], [])] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(gathered, (rows, losses))
+        gathered = of_all_ranks((rows, losses))
         unique = {(row.client, row.id): row for part, _ in gathered for row in part}
         return [unique[key] for key in sorted(unique)], [loss for _, part in gathered for loss in part]

@@ -1,0 +1,186 @@
+"""Teachers are listened to only while they are ahead of the student on the client's validation images."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fkd_med.communication import Broadcast
+from fkd_med.errors import ConfigError
+from fkd_med.evaluation import score_image
+from fkd_med.federated import ClientWorker, Federation, GlobalDistillation, TeachWhileAhead
+from fkd_med.federated.ahead import validation_dice
+from fkd_med.federated.client_state import ClientState, ClientStates
+from fkd_med.modules import DistillationModule, MutualDistillationModule, TeacherSource
+from fkd_med.modules.teacher_cache import Surroundings
+
+FLAGS = {"accelerator": "cpu", "devices": 1}
+
+
+class Threshold(nn.Module):
+    """Says foreground where the mean of the channels is above a bound: good at bright squares, or bad."""
+
+    def __init__(self, bound: float) -> None:
+        super().__init__()
+        self.bound = nn.Parameter(torch.tensor(bound), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 5 * (x.mean(1, keepdim=True) - self.bound)
+
+
+class Given(TeacherSource):
+    """One network for everybody, and how often it was asked for."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network, self.loads = network, 0
+
+    def ensure(self, client: str | None, data: Any, **options: Any) -> Path:
+        return Path()
+
+    def load(self, client: str | None) -> nn.Module:
+        self.loads += 1
+        return copy.deepcopy(self.network)
+
+    def digest(self, client: str | None) -> str:
+        return str(float(self.network.bound))
+
+
+GOOD, BAD = 0.6, 50.0  # everything is below the bound of the bad one: Dice 0
+
+
+def worker_of(fed: Any, folder: Path, module: Any, *rules: Any) -> ClientWorker:
+    def prepare(copied: Any, client: str) -> None:
+        if isinstance(copied, DistillationModule):
+            copied.learn_from(client, worker.data, None)
+
+    worker = ClientWorker(
+        module, fed.Hospitals(), Federation(client_rules=list(rules)), FLAGS, 7, ClientStates(folder), fed.silent(),
+        prepare,
+    )  # fmt: skip
+    return worker
+
+
+def fit(fed: Any, folder: Path, module: Any, *rules: Any, state: Any = None) -> Any:
+    return worker_of(fed, folder, module, *rules).fit("c", Broadcast(1, state or fed.weights(module)))
+
+
+def dices_by_hand(data: Any, client: str, network: nn.Module) -> list[float]:
+    found = []
+    for batch in data.client_val_dataloader(client):
+        with torch.no_grad():
+            said = network(batch["image"])[:, 0] > 0
+        pairs = zip(said.numpy(), batch["mask"].numpy(), strict=True)
+        found += [score_image(prediction, truth, 1, hd95=False).dice for prediction, truth in pairs]
+    return found
+
+
+def test_a_teacher_ahead_teaches_as_without_the_rule_and_one_behind_not_at_all(fed, tmp_path) -> None:
+    good, bad = (fed.distilled(None, source=Given(Threshold(bound))) for bound in (GOOD, BAD))
+    state = fed.weights(good)
+    told = fit(fed, tmp_path / "1", good, TeachWhileAhead(), state=state)
+    assert fed.same(told.state, fit(fed, tmp_path / "2", good, state=state).state), "ahead: the rule changes nothing"
+    assert told.metrics["train/kd"] > 0 and told.metrics["train/teacher_lead"] > 0
+    left = fit(fed, tmp_path / "3", bad, TeachWhileAhead(), state=state)
+    assert left.metrics["train/teacher_lead"] <= 0 and "train/kd" not in left.metrics
+    assert fed.same(left.state, fit(fed, tmp_path / "4", fed.student(), state=state).state), "behind: masks alone"
+    assert not fed.same(left.state, fit(fed, tmp_path / "5", bad, state=state).state)
+    assert bad.teaches and good.teaches, "for one round only"
+
+
+def test_the_lead_is_the_difference_of_mean_dice_on_the_client_s_validation_images(fed, tmp_path) -> None:
+    module = fed.distilled(None, source=Given(Threshold(GOOD)))
+    update = fit(fed, tmp_path, module, TeachWhileAhead())
+    data = fed.Hospitals()
+    teacher = dices_by_hand(data, "c", Threshold(GOOD))
+    student = dices_by_hand(data, "c", copy.deepcopy(module.network).eval())
+    assert len(teacher) == 3 and 0 < sum(teacher) / 3 < 1
+    assert update.metrics["train/teacher_lead"] == pytest.approx((sum(teacher) - sum(student)) / 3)
+
+
+def test_scoring_leaves_the_network_and_the_random_numbers_as_they_are(fed) -> None:
+    network = fed.network().train()
+    before, numbers = fed.weights(network), torch.get_rng_state()
+    validation_dice(network, fed.Hospitals(), "a", Surroundings())
+    assert fed.same(before, fed.weights(network)) and network.training, "BatchNorm has seen nothing"
+    assert torch.equal(numbers, torch.get_rng_state())
+
+
+def test_the_teacher_s_score_stays_with_the_client_until_it_or_its_images_change(fed, tmp_path) -> None:
+    module = fed.distilled(None, source=Given(Threshold(GOOD)))
+    worker = worker_of(fed, tmp_path, module, TeachWhileAhead())
+    leads = []
+
+    def rounds(*numbers: int) -> int:
+        for number in numbers:
+            leads.append(worker.fit("c", Broadcast(number, fed.weights(module))).metrics["train/teacher_lead"])
+            worker.states.accept("c", number)
+        return module.teacher_source.loads
+
+    assert rounds(1) == 2 and rounds(2, 3) == 4, "once a round to teach, once more in the first to be scored"
+    worker.data = fed.Hospitals(content="other images")
+    assert rounds(4) == 6 and rounds(5) == 7, "scored anew, once"
+    module.teacher_source.network = Threshold(BAD)
+    assert rounds(6) == 9
+    assert len(set(leads[:5])) == 1 and leads[5] <= 0 < leads[0]
+
+
+def test_a_memory_behind_says_nothing_and_one_ahead_does(fed, tmp_path) -> None:
+    module = fed.student()
+    data, now = fed.Hospitals(), fed.weights(module)
+    for _ in range(3):  # a student that knows something
+        now = worker_of(fed, tmp_path / "warm", module).fit("c", Broadcast(1, now)).state
+    module.load_state_dict(now)
+    worse = {name: -tensor if "network.3" in name else tensor for name, tensor in now.items()}  # says the opposite
+    own = sum(dices_by_hand(data, "c", copy.deepcopy(module.network).eval())) / 3
+    assert own > 0.5
+
+    def taught(kept: dict[str, torch.Tensor], state: Any, rule: Any) -> Any:
+        worker = worker_of(fed, tmp_path / str(len(list(tmp_path.iterdir()))), module, rule)
+        worker.states.save("c", 1, ClientState(rules={"GlobalDistillation": kept}))
+        worker.states.accept("c", 1)
+        return worker.fit("c", Broadcast(2, state))
+
+    always, ahead = GlobalDistillation(memory=0.9), GlobalDistillation(memory=0.9, while_ahead=True)
+    behind = taught(worse, now, ahead)
+    assert behind.metrics["train/global_lead"] < 0 and "train/global_kd" not in behind.metrics
+    assert fed.same(behind.state, worker_of(fed, tmp_path / "plain", module).fit("c", Broadcast(2, now)).state)
+    led = taught(now, worse, ahead)
+    assert led.metrics["train/global_lead"] > 0 and led.metrics["train/global_kd"] > 0
+    assert fed.same(led.state, taught(now, worse, always).state)
+
+
+def test_both_stand_in_a_federation(fed, tmp_path) -> None:
+    module = fed.distilled(None, source=fed.teacher_stage(tmp_path / "teachers", epochs=2))
+    rules = [TeachWhileAhead(), GlobalDistillation(memory=0.5, views=2, while_ahead=True)]
+    trainer = fed.trainer(tmp_path / "run", Federation(rounds=2, client_rules=rules))
+    trainer.fit(module, datamodule=fed.Hospitals())
+    logged = (tmp_path / "run" / "metrics.csv").read_text()
+    for client in "abc":
+        assert f"{client}/train/teacher_lead" in logged and f"{client}/train/global_lead" in logged
+
+
+def test_what_it_cannot_work_with_is_refused_before_training(fed, tmp_path) -> None:
+    rule, data = TeachWhileAhead(), fed.Hospitals()
+    with pytest.raises(ConfigError, match="SegmentationModule is none"):
+        rule.check(fed.student(), data)
+    mutual = MutualDistillationModule(fed.network(), fed.teacher_stage(tmp_path, epochs=0))
+    with pytest.raises(ConfigError, match="MutualDistillationModule is none"):
+        rule.check(mutual, data)
+    with pytest.raises(ConfigError, match="without any loss"):
+        rule.check(fed.distilled(tmp_path, supervised_weight=0.0), data)
+
+    class Bare(fed.Hospitals):
+        def _evaluation(self, client: str, split: str) -> Any:
+            return [] if client == "b" else super()._evaluation(client, split)
+
+    with pytest.raises(ConfigError, match="'b' has none"):
+        rule.check(fed.distilled(tmp_path), Bare())
+    with pytest.raises(ConfigError, match="'b' has none"):
+        GlobalDistillation(views=2, while_ahead=True).check(fed.student(), Bare())
+    with pytest.raises(ConfigError, match="never ahead of itself"):
+        GlobalDistillation(while_ahead=True)
