@@ -16,7 +16,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fkd_med.federated.ahead import validation_dice
 from fkd_med.modules import SegmentationModule
+from fkd_med.modules.teacher_cache import Surroundings
 
 MU, RATE, DECAY, MOMENTUM = 5.0, 0.05, 0.7, 0.9
 SIZES = {"a": 8, "b": 16, "c": 24}  # whole batches of 4 for each of two processes
@@ -29,10 +31,10 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import lightning as L
-from conftest import Hospitals, trainer
+from conftest import Hospitals, distilled, trainer
 from test_ddp_rules import MU, ROUNDS, SIZES, student
 from fkd_med.aggregation import FedNova, Scaffold
-from fkd_med.federated import ClientWorker, FedNovaRule, FedProx, Federation, ScaffoldRule
+from fkd_med.federated import ClientWorker, FedNovaRule, FedProx, Federation, ScaffoldRule, TeachWhileAhead
 
 L.seed_everything(7, verbose=False)
 fit, sent = ClientWorker.fit, []
@@ -40,7 +42,11 @@ fit, sent = ClientWorker.fit, []
 def spy(self, client, broadcast, attempt=0):
     update = fit(self, client, broadcast, attempt)
     message = {{"client": client, "round": broadcast.round, "start": dict(broadcast.state)}}
-    sent.append(message | {{"server": broadcast.extras, "state": update.state, "extras": update.extras}})
+    message |= {{"server": broadcast.extras, "state": update.state, "extras": update.extras}}
+    if "train/teacher_lead" in update.metrics:
+        teacher = self.module.teacher_source.load(client).state_dict()
+        message |= {{"lead": update.metrics["train/teacher_lead"], "teacher": teacher}}
+    sent.append(message)
     return update
 
 ClientWorker.fit = spy
@@ -48,11 +54,13 @@ for name, rule, aggregator in (
     ("prox", FedProx(MU), {{}}),
     ("scaffold", ScaffoldRule(), {{"aggregator": Scaffold()}}),
     ("nova", FedNovaRule(), {{"aggregator": FedNova()}}),
+    ("ahead", TeachWhileAhead(), {{}}),
 ):
     sent.clear()
     recipe = Federation(rounds=ROUNDS, client_rules=[rule], **aggregator)
     made = trainer(Path({root!r}) / name, recipe, strategy="ddp", devices=2, limit_val_batches=0)
-    made.fit(student(name), datamodule=Hospitals(SIZES))
+    module = distilled(Path({root!r}) / "teachers") if name == "ahead" else student(name)
+    made.fit(module, datamodule=Hospitals(SIZES))
     torch.save(sent, f"{root}/{{name}}-{{os.environ['LOCAL_RANK']}}.pt")
 """
 
@@ -113,7 +121,7 @@ def sent(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
     messages = {}
-    for rule in ("prox", "scaffold", "nova"):
+    for rule in ("prox", "scaffold", "nova", "ahead"):
         messages[rule], others = (torch.load(root / f"{rule}-{rank}.pt", weights_only=True) for rank in (0, 1))
         assert len(messages[rule]) == ROUNDS * len(SIZES)
         for one, other in zip(messages[rule], others, strict=True):
@@ -157,3 +165,14 @@ def test_fednova_of_two_processes_is_the_loop_over_both_batches(fed, sent) -> No
         first = (message["round"] - 1) * steps
         counts = [sum(DECAY ** (first + k) * MOMENTUM ** (k - j) for k in range(j, steps)) for j in range(steps)]
         assert float(message["extras"]["fednova"]["a_norm"]) == pytest.approx(sum(counts), rel=1e-9)
+
+
+@pytest.mark.slow
+def test_the_lead_of_a_teacher_is_that_of_all_images_each_once_in_two_processes(fed, sent) -> None:
+    """Three validation images for two processes: the sampler repeats one, which must not count twice."""
+    teacher, student, data = fed.network(6), fed.network(), fed.Hospitals(SIZES)
+    for message in sent["ahead"]:
+        teacher.load_state_dict(message["teacher"])
+        student.load_state_dict({name.removeprefix("network."): tensor for name, tensor in message["start"].items()})
+        scores = [validation_dice(network, data, message["client"], Surroundings()) for network in (teacher, student)]
+        assert message["lead"] == pytest.approx(scores[0] - scores[1], abs=1e-6)
