@@ -173,9 +173,11 @@ def test_overlay_applies(overlay: str) -> None:
     assert changed, f"{overlay} repeats what {BASE} says"
 
 
-def test_the_recipe_has_the_memory_of_its_own_file() -> None:
+def test_the_recipes_have_the_memory_of_its_own_file() -> None:
     one, other = (content(CONFIGS / "algorithms" / f"{name}.yaml") for name in ("handover", "mean_teacher"))
     assert one["federation"] == other["federation"]
+    last = content(CONFIGS / "algorithms" / "while_ahead.yaml")["federation"]["client_rules"][-1:]
+    assert last == other["federation"]["client_rules"]
 
 
 @pytest.mark.parametrize("preset", ["cpu", "paper"])

@@ -28,8 +28,6 @@ from fkd_med.networks import forward_padded
 from fkd_med.ranks import of_all_ranks
 from fkd_med.seeding import global_seed, seeded
 
-_STUDENT = "_dice_before_training"
-
 
 class TeachWhileAhead(ClientRule):
     """Let a client's own teacher teach only in rounds that begin with a student behind it.
@@ -61,7 +59,12 @@ class TeachWhileAhead(ClientRule):
                 "TeachWhileAhead would leave a student without any loss where its teacher is not ahead: set "
                 "model.supervised_weight above 0, or remove the rule."
             )
-        check_validation(type(self).__name__, data)
+        bare = [] if data is None else [c for c in data.client_names() if len(data.client_val_dataloader(c)) == 0]
+        if bare:
+            raise ConfigError(
+                f"TeachWhileAhead compares teacher and student on validation images, and client {bare[0]!r} has none: "
+                "give it some (data.val_fraction), or remove the rule."
+            )
 
     def meet(self, data: Any, client: str, seed: int) -> None:
         """Take the client's images."""
@@ -76,8 +79,9 @@ class TeachWhileAhead(ClientRule):
         assert isinstance(pl_module, DistillationModule)
         if pl_module.active_losses and pl_module.teacher_source is not None:
             around = Surroundings.of(trainer)
-            lead = self._teachers(pl_module, around) - student_dice(pl_module, self._data, self._client, around)
-            note(pl_module, "teacher_lead", lead)
+            student = validation_dice(pl_module.network, self._data, self._client, around)
+            lead = self._teachers(pl_module, around) - student
+            pl_module.log("train/teacher_lead", lead, on_step=False, on_epoch=True, batch_size=1)
             pl_module.teaches = lead > 0
 
     def _teachers(self, module: DistillationModule, around: Surroundings) -> float:
@@ -103,14 +107,6 @@ class TeachWhileAhead(ClientRule):
         return {}, self._kept
 
 
-def student_dice(module: DistillationModule | Any, data: ClientData, client: str, around: Surroundings) -> float:
-    """Return the validation Dice of a client's student before its first step; measured once in a round."""
-    known = vars(module)
-    if _STUDENT not in known:
-        known[_STUDENT] = validation_dice(module.network, data, client, around)
-    return float(known[_STUDENT])
-
-
 @torch.no_grad()
 def validation_dice(network: nn.Module, data: ClientData, client: str, around: Surroundings) -> float:
     """Return a network's mean Dice over a client's validation images, each counted once, on any number of ranks.
@@ -130,18 +126,3 @@ def validation_dice(network: nn.Module, data: ClientData, client: str, around: S
                 found[name] = score_image(prediction, truth, logits.shape[1], hd95=False).dice
     scores = {name: dice for part in of_all_ranks(found) for name, dice in part.items()}
     return sum(scores[name] for name in sorted(scores)) / len(scores)
-
-
-def check_validation(who: str, data: Any) -> None:
-    """Refuse clients that have no images to compare by; ConfigError names rule and client."""
-    bare = [] if data is None else [c for c in data.client_names() if len(data.client_val_dataloader(c)) == 0]
-    if bare:
-        raise ConfigError(
-            f"{who} compares teacher and student on validation images, and client {bare[0]!r} has none: give it some "
-            "(data.val_fraction), or remove the rule."
-        )
-
-
-def note(module: L.LightningModule, name: str, lead: float) -> None:
-    """Log by how much Dice a teacher is ahead, in the round's metrics."""
-    module.log(f"train/{name}", lead, on_step=False, on_epoch=True, batch_size=1)

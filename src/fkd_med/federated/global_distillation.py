@@ -13,14 +13,12 @@ from torch import Tensor, nn
 from fkd_med.communication import Broadcast, State
 from fkd_med.distillation.views import NUMBERS, Views, of_views
 from fkd_med.errors import ConfigError
-from fkd_med.federated.ahead import check_validation, note, student_dice, validation_dice
 from fkd_med.federated.rules import ClientRule
 from fkd_med.losses import LogitKL, WeightSchedule
 from fkd_med.modules import SegmentationModule
 from fkd_med.modules.labels import pixels_of
 from fkd_med.modules.schedule import progress_of
 from fkd_med.modules.teacher import freeze
-from fkd_med.modules.teacher_cache import Surroundings
 
 Terms = Callable[[dict[str, Any]], dict[str, Tensor]]
 
@@ -43,13 +41,9 @@ class GlobalDistillation(ClientRule):
         views: over how many views of an image the teacher's probabilities are averaged: 1, 2 (and its mirror), 4
             (flips) or 8 (and quarter turns).
         schedule: changes the weight over the run; constant when left out.
-        while_ahead: teach only in rounds that begin with a student behind this teacher, by the mean Dice of the
-            client's validation images at working resolution; the difference is logged as ``train/global_lead``.
 
     Raises:
-        ConfigError: for a negative weight, a temperature not above 0, a memory out of range or another number of views;
-            for `while_ahead` without memory and views, where the teacher is the student; or, before any training,
-            without validation images.
+        ConfigError: for a negative weight, a temperature not above 0, a memory out of range or another number of views.
     """
 
     def __init__(
@@ -59,7 +53,6 @@ class GlobalDistillation(ClientRule):
         memory: float = 0.0,
         views: Views = 1,
         schedule: WeightSchedule | None = None,
-        while_ahead: bool = False,
     ) -> None:
         if not 0 <= weight < float("inf"):
             raise ConfigError(f"GlobalDistillation: weight must be 0 or above and finite, not {weight}.")
@@ -67,35 +60,18 @@ class GlobalDistillation(ClientRule):
             raise ConfigError(f"GlobalDistillation: memory must be 0 or above and below 1, not {memory}.")
         if views not in NUMBERS:
             raise ConfigError(f"GlobalDistillation: views must be {', '.join(map(str, NUMBERS))}, not {views}.")
-        if while_ahead and memory == 0 and views == 1:
-            raise ConfigError(
-                "GlobalDistillation: without memory and views the teacher is the student that a round begins with, "
-                "which is never ahead of itself: leave while_ahead out, or give memory or views."
-            )
         self.term = LogitKL(temperature, weight, schedule=schedule)
-        self.memory, self.views, self.while_ahead = memory, views, while_ahead
-        self._data: Any = None
-        self._client = ""
+        self.memory, self.views = memory, views
         self._mean: State = {}  # of the tensors that travel; empty without memory: then the student itself teaches
         self._logits: list[Tensor] = []  # of the student and of its teacher, in the step of the moment
 
     def check(self, module: nn.Module, data: Any) -> None:
-        """Refuse modules whose loss is not known, and clients without validation images if they are needed."""
-        self._check_module(module)
-        if self.while_ahead:
-            check_validation("GlobalDistillation with while_ahead", data)
-
-    @staticmethod
-    def _check_module(module: nn.Module) -> None:
+        """Refuse modules that are none of ours, whose loss is not known (ConfigError)."""
         if not isinstance(module, SegmentationModule):
             raise ConfigError(
                 f"GlobalDistillation adds to the loss of a SegmentationModule or one made from it, which "
                 f"{type(module).__name__} is not. Remove it from federation.client_rules."
             )
-
-    def meet(self, data: Any, client: str, seed: int) -> None:
-        """Take the client's images."""
-        self._data, self._client = data, client
 
     def begin(self, broadcast: Broadcast, kept: State) -> None:
         """Average the global student with those of earlier rounds."""
@@ -108,10 +84,8 @@ class GlobalDistillation(ClientRule):
         if weight == 0:
             return
         assert isinstance(pl_module, SegmentationModule)
-        before = freeze(of_views(self._teacher(pl_module), self.views))
-        if self.while_ahead and not self._is_ahead(before, pl_module, Surroundings.of(trainer)):
-            return
         pl_module.learns_from_unlabelled = True
+        before = freeze(of_views(self._teacher(pl_module), self.views))
 
         def note(network: nn.Module, arguments: tuple[Tensor, ...], logits: Tensor) -> None:
             if network.training:
@@ -120,13 +94,6 @@ class GlobalDistillation(ClientRule):
 
         self._hook = pl_module.network.register_forward_hook(note)
         vars(pl_module)["loss_terms"] = self._added(pl_module.loss_terms, weight)  # for this copy of the module only
-
-    def _is_ahead(self, teacher: nn.Module, module: SegmentationModule, around: Surroundings) -> bool:
-        """Tell whether the teacher knows more of the client's validation images; all ranks see the same scores."""
-        lead = validation_dice(teacher, self._data, self._client, around)
-        lead -= student_dice(module, self._data, self._client, around)
-        note(module, "global_lead", lead)
-        return lead > 0
 
     def _weight(self, trainer: L.Trainer | None, module: L.LightningModule) -> float:
         """Return the weight in this round."""
