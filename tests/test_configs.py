@@ -191,6 +191,14 @@ def test_the_study_has_the_memories_of_their_files_but_for_the_views(preset: str
     assert settings["cvc_ahead"]["federation"]["client_rules"] == wanted
 
 
+@pytest.mark.parametrize("file", [file for file in STUDIES if file != "paper.yaml"])
+def test_what_is_searched_for_has_the_budget_of_the_study(file: str) -> None:
+    study, search = (content(CONFIGS / name)["presets"]["cpu"]["settings"] for name in ("paper.yaml", file))
+    assert search["all"] == study["all"] and search["federated"] == study["federated"]
+    taught = leaves(study["distilled"]) | leaves(study["resunet_taught"])
+    assert leaves(search["distilled"]) == taught
+
+
 def runs_of_studies() -> Iterator[Any]:
     """Name the studies, presets and data, and of how many runs one is built: every third always, all in slow tests."""
     for file in STUDIES:
