@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from fkd_med.communication import Broadcast
+from fkd_med.data.datasets import collate
+from fkd_med.distillation.views import of_views
 from fkd_med.errors import ConfigError
 from fkd_med.evaluation import score_image
 from fkd_med.federated import ClientWorker, Federation, GlobalDistillation, TeachWhileAhead
@@ -28,9 +31,10 @@ class Threshold(nn.Module):
     def __init__(self, bound: float) -> None:
         super().__init__()
         self.bound = nn.Parameter(torch.tensor(bound), requires_grad=False)
+        self.side = nn.Parameter(torch.zeros(16), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return 5 * (x.mean(1, keepdim=True) - self.bound)
+        return 5 * (x.mean(1, keepdim=True) - self.bound) + self.side
 
 
 class Given(TeacherSource):
@@ -102,10 +106,25 @@ def test_the_lead_is_the_difference_of_mean_dice_on_the_client_s_validation_imag
     assert update.metrics["train/teacher_lead"] == pytest.approx((sum(teacher) - sum(student)) / 3)
 
 
+def test_a_teacher_is_scored_in_the_views_in_which_it_teaches(fed, tmp_path) -> None:
+    sided = Threshold(GOOD)
+    sided.side.data = torch.linspace(-9, 9, 16)  # sees more on the right
+    module = fed.distilled(None, source=Given(sided), teacher_views=2)
+    lead = fit(fed, tmp_path, module, TeachWhileAhead()).metrics["train/teacher_lead"]
+    scores = [dices_by_hand(fed.Hospitals(), "c", network.eval()) for network in (of_views(sided, 2), sided)]
+    own = sum(dices_by_hand(fed.Hospitals(), "c", copy.deepcopy(module.network).eval())) / 3
+    assert sum(scores[0]) != sum(scores[1])
+    assert lead == pytest.approx(sum(scores[0]) / 3 - own)
+
+
 def test_scoring_leaves_the_network_and_the_random_numbers_as_they_are(fed) -> None:
+    class Drawing(fed.Hospitals):
+        def _evaluation(self, client: str, split: str) -> Any:
+            return DataLoader(fed.Blobs(client, split, 3), 2, collate_fn=collate)  # draws from torch's own numbers
+
     network = fed.network().train()
     before, numbers = fed.weights(network), torch.get_rng_state()
-    validation_dice(network, fed.Hospitals(), "a", Surroundings())
+    validation_dice(network, Drawing(), "a", Surroundings())
     assert fed.same(before, fed.weights(network)) and network.training, "BatchNorm has seen nothing"
     assert torch.equal(numbers, torch.get_rng_state())
 
