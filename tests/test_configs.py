@@ -188,7 +188,7 @@ def test_the_study_has_the_memories_of_their_files_but_for_the_views(preset: str
     assert rule == of_file | {"init_args": of_file["init_args"] | {"views": 8}}
     first, of_file = content(CONFIGS / "algorithms" / "while_ahead.yaml")["federation"]["client_rules"]
     wanted = [first, of_file | {"init_args": of_file["init_args"] | {"views": 8}}]
-    assert settings["cvc_ahead"]["federation"]["client_rules"] == wanted
+    assert settings["cvc_ours"]["federation"]["client_rules"] == wanted
 
 
 @pytest.mark.parametrize("file", [file for file in STUDIES if file != "paper.yaml"])
