@@ -36,8 +36,6 @@ def mean_of_ranks(values: dict[str, float]) -> dict[str, float]:
 
     All ranks must call it, with the same names.
     """
-    if count_processes() == 1:
-        return values
     gathered = of_all_ranks(values)
     return {name: sum(one[name] for one in gathered) / len(gathered) for name in values}
 

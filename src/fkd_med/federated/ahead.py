@@ -19,7 +19,7 @@ from fkd_med.distillation.views import of_views
 from fkd_med.errors import ConfigError
 from fkd_med.evaluation import score_image
 from fkd_med.federated.client_data import ClientData
-from fkd_med.federated.public_learning import evaluating, ready
+from fkd_med.federated.eval_mode import evaluating, ready
 from fkd_med.federated.rules import ClientRule
 from fkd_med.modules import DistillationModule, MutualDistillationModule, predict_classes
 from fkd_med.modules.teacher import freeze

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from fkd_med.communication import State
 from fkd_med.errors import ConfigError
+from fkd_med.federated.eval_mode import evaluating
 
 BatchNormPolicy = Literal["average", "local", "recalibrate"]
 
@@ -105,21 +107,17 @@ def recalibrated(module: nn.Module, loader: DataLoader[dict[str, Tensor]]) -> St
         loader: batches with ``image``, each image once.
     """
     layers = batch_norms(module)
-    before = {path: (layer.momentum, layer.training, layer.state_dict()) for path, layer in layers.items()}
-    before = {path: (m, t, {k: v.clone() for k, v in s.items()}) for path, (m, t, s) in before.items()}
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    for layer in layers.values():
-        layer.reset_running_stats()
-        layer.momentum = None
-        layer.train()
+    before = {path: (layer.momentum, copy.deepcopy(layer.state_dict())) for path, layer in layers.items()}
     first = next(module.parameters())
-    for batch in loader:
-        module(batch["image"].to(first.device, first.dtype))  # a true half precision has made the weights small
+    with evaluating(module):
+        for layer in layers.values():
+            layer.reset_running_stats()
+            layer.momentum = None
+            layer.train()
+        for batch in loader:
+            module(batch["image"].to(first.device, first.dtype))  # a true half precision has made the weights small
     found = {f"{path}.{name}": b.detach().cpu().clone() for path, n in layers.items() for name, b in n.named_buffers()}
     for path, layer in layers.items():
-        layer.momentum, _, state = before[path]
+        layer.momentum, state = before[path]
         layer.load_state_dict(state)
-    for part, mode in modes.items():
-        part.training = mode
     return found

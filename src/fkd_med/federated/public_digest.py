@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from fkd_med.communication import PUBLIC_LOGITS, Broadcast, PublicLogits, State
 from fkd_med.errors import ConfigError, TrainingError
 from fkd_med.federated.client_data import public_images
+from fkd_med.federated.eval_mode import evaluating
 from fkd_med.federated.public_learning import (
     Answers,
     Positions,
     answers,
     approach,
     check_steps,
-    evaluating,
     minibatches,
 )
 from fkd_med.federated.rules import ClientRule

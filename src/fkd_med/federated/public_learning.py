@@ -7,7 +7,6 @@ images may be of another kind, and their statistics would be carried into every 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from fkd_med.data.datasets import collate
 from fkd_med.errors import ConfigError, TrainingError
+from fkd_med.federated.eval_mode import evaluating, ready
 from fkd_med.losses import logit_kl
 from fkd_med.modules.teacher_cache import Surroundings
 from fkd_med.seeding import derive_seed
@@ -108,18 +108,6 @@ def mean_answers(
     return Answers(positions, total.div_(max(1, count)))
 
 
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Keep a module in eval mode inside the block, and put every part's mode back after it."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
-
-
 def approach(
     student: nn.Module, images: Any, targets: Answers, batches: Sequence[Positions], optimizer: Optimizer,
     temperature: float, around: Surroundings, show: Callable[[int], Any] = int, anneal: bool = True,
@@ -162,12 +150,6 @@ def approach(
             schedule.step()
     optimizer.zero_grad()
     return losses
-
-
-def ready(image: Tensor, model: nn.Module, around: Surroundings) -> Tensor:
-    """Return images on the device, in the type of the model's weights."""
-    dtype = next((p.dtype for p in model.parameters()), image.dtype)
-    return image.to(around.device, dtype)
 
 
 def check_steps(owner: object, **values: int) -> None:
