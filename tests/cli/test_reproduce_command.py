@@ -37,7 +37,9 @@ def test_tiny_makes_every_table_once(launched: list[list[str]], capsys: pytest.C
         assert said in text
     assert "gain of distillation" in text and "Student beside teachers" in text and "hospital-c" in text
     assert "missing" not in text
-    assert {"RESULTS.md", "results.csv", "differences.png", "dice_over_bytes.png"} <= set(names("made"))
+    assert {"RESULTS.md", "results.csv", "differences.png", "dice_over_bytes.png", "learning_curves.png"} <= set(
+        names("made")
+    )
     runs = len(launched)
     assert runs == 6
     before = Path("made/results.csv").read_bytes()

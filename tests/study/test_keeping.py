@@ -31,6 +31,8 @@ def finish(job: Job) -> None:
     row = ImageRow("student", "federated", "val", 1, "a", "image-1", 0.5, 0.4, None, "")
     rows = [replace(row, round=round, dice=dice) for round, dice in ((1, 0.5), (2, 0.7), (3, 0.6))]
     ImageTable.append(job.run / "images.csv", [*rows, replace(row, split="test", round=2, hd95=3.0)])
+    metrics = ["1,teacher/a/val/dice,0.25", "2,teacher/a/val/dice,0.375", "1,teacher/b/val/dice,0.5", "1,val/dice,0.9"]
+    (job.run / "metrics.csv").write_text("\n".join(["step,name,value", *metrics, "2,teacher/b/val/di"]))
     (job.run / "ledger.csv").write_text("round,client,bytes\n1,a,10\n2,a,20\n2,b,5\n")
     job.add(60.0, 0, "code")
 
@@ -46,10 +48,40 @@ def test_tables_come_out_the_same(finished: Job, jobs: list[Job], study: Study, 
 def test_it_is_small_and_has_no_paths(finished: Job, jobs: list[Job]) -> None:
     keep(jobs, OUTPUT, KEPT)
     files = sorted(path for path in KEPT.rglob("*") if path.is_file())
-    assert [path.name for path in files] == ["definition.yaml", "outcome.yaml", "images.csv", "ledger.csv"]
-    assert len(ImageTable.read(files[2])) == 2
-    assert files[3].read_text() == "round,bytes\n1,10\n2,25\n"
+    assert [path.name for path in files] == [
+        "definition.yaml",
+        "outcome.yaml",
+        "curves.csv",
+        "images.csv",
+        "ledger.csv",
+    ]
+    assert len(ImageTable.read(files[3])) == 2
+    assert files[4].read_text() == "round,bytes\n1,10\n2,25\n"
     assert all(str(Path.cwd()) not in path.read_text() for path in files)
+
+
+def test_curves_are_of_all_rounds_and_of_epochs_of_all_teachers(finished: Job, jobs: list[Job]) -> None:
+    (outcome,) = read_outcomes(jobs).values()
+    assert outcome.curves[0] == {"student": {1: 0.5, 2: 0.7, 3: 0.6}, "teacher": {1: 0.375}}
+
+
+def test_rows_that_were_kept_without_curves_have_none(finished: Job, jobs: list[Job]) -> None:
+    """Those of the best round alone are no curve."""
+    keep(jobs, OUTPUT, KEPT)
+    (finished.run / "metrics.csv").unlink()
+    (outcome,) = read_outcomes(jobs).values()
+    assert outcome.curves[0] == {}
+    keep(jobs, OUTPUT, KEPT)
+    assert (KEPT / "x" / "large" / "taught" / "seed-0" / "run" / "curves.csv").exists()  # kept the first time
+
+
+def test_damaged_curves_are_named(finished: Job, jobs: list[Job], study: Study, base: Path) -> None:
+    keep(jobs, OUTPUT, KEPT)
+    again = jobs_of(study, study.presets["few"], base, KEPT, Selection(without_images=True))
+    path = KEPT / "x" / "large" / "taught" / "seed-0" / "run" / "curves.csv"
+    path.write_text("model,step,dice\nstudent,one,0.5\n")
+    with pytest.raises(RunError, match=r"seed-0/run/curves\.csv cannot be read .*'one'.*do without"):
+        read_outcomes(again)
 
 
 def test_kept_twice_is_kept_once(finished: Job, jobs: list[Job]) -> None:

@@ -10,6 +10,7 @@ from study_rows import finish, row
 
 from fkd_med.evaluation import ImageRow
 from fkd_med.study import Job, Study, Tables, read_outcomes
+from fkd_med.study.curves import mean_curve
 from fkd_med.study.report import write_report
 
 
@@ -79,6 +80,20 @@ def test_missing_runs_are_named_and_the_rest_is_made(tables: Tables, tmp_path: P
     one = [line for line in lines if line["hospital"] == "b" and line["arm"] == "taught" and line["seed"] == "1"]
     assert [float(line["dice"]) for line in one] == [pytest.approx(0.66), pytest.approx(0.7)]
     assert files[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_learning_curves_are_drawn_where_there_are_some(tables: Tables, tmp_path: Path) -> None:
+    job = next(job for job in tables.jobs if job.name == "x small taught seed 1")
+    (job.run / "metrics.csv").write_text("step,name,value\n1,teacher/a/val/dice,0.4\n2,teacher/a/val/dice,0.6\n")
+    again = Tables(tables.study, tables.jobs, read_outcomes(tables.jobs))
+    *_, plot = write_report(again, tmp_path / "made")
+    assert plot.name == "learning_curves.png" and plot.read_bytes().startswith(b"\x89PNG")
+    assert "![learning curves](learning_curves.png)" in (tmp_path / "made" / "RESULTS.md").read_text()
+
+
+def test_mean_of_curves_is_of_the_steps_that_all_have() -> None:
+    assert mean_curve([{1: 0.2, 2: 0.4, 3: 0.9}, {1: 0.4, 2: 0.8}]) == {1: pytest.approx(0.3), 2: pytest.approx(0.6)}
+    assert mean_curve([]) == {}
 
 
 def test_nothing_finished_makes_empty_tables(study: Study, jobs: list[Job]) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -66,20 +67,32 @@ def plot_bytes(curves: Mapping[str, Curve], path: Path) -> None:
 
 def new_figure(width: float = 8, height: float = 4.5) -> tuple[Figure, Axes]:
     """Return a figure of so many inches and its axes, in our looks; `save_figure` writes it."""
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="0.9")
-    axes.set_axisbelow(True)
+    figure, (axes,) = new_panels(1, width, height)
     return figure, axes
+
+
+def new_panels(number: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """Return a figure of so many inches with axes in two columns, in our looks; one has the whole figure."""
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    columns = min(number, 2)
+    panels = [figure.add_subplot(-(-number // columns), columns, place + 1) for place in range(number)]
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="0.9")
+        axes.set_axisbelow(True)
+    return figure, panels
 
 
 def _line(axes: Axes, x: Sequence[float], curve: Curve, index: int) -> None:
     marker = "o" if len(x) <= 30 else None
-    style = _DASHES[index // len(COLOURS) % len(_DASHES)]
-    axes.plot(x, curve.mean, color=_colour(index), linestyle=style, linewidth=2, marker=marker, markersize=4)
+    axes.plot(x, curve.mean, **line_style(index), linewidth=2, marker=marker, markersize=4)
     if any(w < m for w, m in zip(curve.worst, curve.mean, strict=True)):
         axes.plot(x, curve.worst, color=_colour(index), linestyle=":", linewidth=1, alpha=0.8)
+
+
+def line_style(index: int) -> dict[str, Any]:
+    """Return colour and dashes of the arm at a place, told apart from every other for 24 arms."""
+    return {"color": _colour(index), "linestyle": _DASHES[index // len(COLOURS) % len(_DASHES)]}
 
 
 def _colour(index: int) -> str:

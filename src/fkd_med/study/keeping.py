@@ -11,6 +11,7 @@ from fkd_med.errors import ConfigError, RunError
 from fkd_med.evaluation.history import read_bytes
 from fkd_med.evaluation.rows import ImageTable
 from fkd_med.files import atomic_write_bytes, atomic_write_text
+from fkd_med.study.curves import read_curves, write_curves
 from fkd_med.study.jobs import Job
 from fkd_med.study.outcome import kept_rows
 
@@ -61,10 +62,12 @@ def _place(job: Job, output: Path, folder: Path) -> Path:
 
 
 def _keep_one(job: Job, folder: Path) -> None:
-    rows = kept_rows(job)
+    table = ImageTable.read(job.run / "images.csv")
+    curves = read_curves(job.run, table)
     definition = yaml.safe_dump(job.begun_with(), sort_keys=False)
     atomic_write_text(folder / "definition.yaml", definition)
-    ImageTable.write(folder / "run" / "images.csv", rows)
+    ImageTable.write(folder / "run" / "images.csv", kept_rows(table))
+    write_curves(curves, folder / "run")
     sent = read_bytes(job.run / "ledger.csv")
     if sent:
         lines = [f"{round},{size}\n" for round, size in sorted(sent.items())]

@@ -9,6 +9,7 @@ from typing import Literal
 from fkd_med.evaluation.history import read_bytes
 from fkd_med.evaluation.rows import ImageRow, ImageTable, group_arms
 from fkd_med.evaluation.summary import summarize
+from fkd_med.study.curves import LearningCurve, read_curves
 from fkd_med.study.jobs import Job
 
 Split = Literal["val", "test"]
@@ -24,12 +25,14 @@ class Outcome:
         teacher: seed -> the rows of the hospitals' teachers, where the arm has some.
         bytes: seed -> bytes sent in the whole run, by all hospitals and the server.
         seconds: seed -> how long the run took.
+        curves: seed -> the learning curves of ``"student"`` and, where this arm trained them, ``"teacher"``.
     """
 
     rows: Rows = field(default_factory=dict)
     teacher: Rows = field(default_factory=dict)
     bytes: dict[int, int] = field(default_factory=dict)
     seconds: dict[int, float] = field(default_factory=dict)
+    curves: dict[int, dict[str, LearningCurve]] = field(default_factory=dict)
 
     @property
     def hospitals(self) -> list[str]:
@@ -45,7 +48,7 @@ def read_outcomes(jobs: Iterable[Job], split: Split = "test") -> dict[tuple[str,
         split: ``"test"``, or ``"val"`` for choices that must not see test images: the best round's rows.
 
     Raises:
-        RunError: an images.csv cannot be read.
+        RunError: an images.csv, or the curves of a run, cannot be read.
     """
     outcomes: dict[tuple[str, str, str], Outcome] = {}
     for job in jobs:
@@ -57,16 +60,12 @@ def read_outcomes(jobs: Iterable[Job], split: Split = "test") -> dict[tuple[str,
             (outcome.teacher if rows[0].model == "teacher" else outcome.rows)[job.seed] = rows
         outcome.bytes[job.seed] = sum(read_bytes(job.run / "ledger.csv").values())
         outcome.seconds[job.seed] = float(job.note().get("seconds", 0.0))
+        outcome.curves[job.seed] = read_curves(job.run, table)
     return outcomes
 
 
-def kept_rows(job: Job) -> list[ImageRow]:
-    """Return the rows of a finished run from which all tables are made: its test, and validation of the best round.
-
-    Raises:
-        RunError: its images.csv cannot be read.
-    """
-    table = ImageTable.read(job.run / "images.csv")
+def kept_rows(table: ImageTable) -> list[ImageRow]:
+    """Return the rows of a finished run from which all tables are made: its test, and validation of the best round."""
     return [*_best(table), *table.latest("test")]
 
 

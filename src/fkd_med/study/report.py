@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from fkd_med.evaluation.intervals import Interval
-from fkd_med.evaluation.plots import COLOURS, new_figure, save_figure
+from fkd_med.evaluation.plots import COLOURS, line_style, new_figure, new_panels, save_figure
 from fkd_med.evaluation.summary import summarize
 from fkd_med.files import atomic_write_text
+from fkd_med.study.curves import LearningCurve, mean_curve
 from fkd_med.study.intervals import nested_bootstrap, samples
+from fkd_med.study.outcome import Outcome
 from fkd_med.study.tables import Tables
 
 _COLUMNS = ("data", "teacher", "arm", "model", "seed", "hospital", "images", "dice", "iou", "hd95", "bytes", "seconds")
+_TEACHERS = "hospitals' teachers"
 
 
 def write_report(tables: Tables, output: Path, head: Sequence[str] = ()) -> list[Path]:
@@ -64,6 +70,9 @@ def _plots(tables: Tables, output: Path, suffix: str) -> list[Path]:
     if any(any(outcome.bytes.values()) for outcome in tables.outcomes.values()):
         plots.append(output / f"dice_over_bytes{suffix}.png")
         _draw_bytes(tables, plots[-1])
+    if any(any(outcome.curves.values()) for outcome in tables.outcomes.values()):
+        plots.append(output / f"learning_curves{suffix}.png")
+        _draw_curves(tables, plots[-1])
     return plots
 
 
@@ -107,3 +116,52 @@ def _draw_bytes(tables: Tables, path: Path) -> None:
     axes.set_ylabel(f"{tables.split} Dice, mean of hospitals")
     figure.legend(frameon=False, loc="outside upper left", ncols=3)
     save_figure(figure, path)
+
+
+def _draw_curves(tables: Tables, path: Path) -> None:
+    """Draw validation Dice over the training of each arm, a panel per cell; in black, their hospitals' teachers."""
+    cells = [cell for cell in tables.cells() if any(any(o.curves.values()) for o in tables.of_cell(cell).values())]
+    figure, panels = new_panels(len(cells), 9, 1.3 + 3.2 * -(-len(cells) // 2))
+    shown: dict[str, Line2D] = {}
+    for cell, axes in zip(cells, panels, strict=True):
+        curves = _mean_curves(tables.of_cell(cell))
+        for number, (arm, design) in enumerate(tables.study.arms.items()):
+            if arm in curves:
+                shown[design.label] = _draw_curve(axes, curves[arm], **line_style(number))
+        if _TEACHERS in curves:
+            shown[_TEACHERS] = _draw_curve(axes, curves[_TEACHERS], color="black", linestyle=(0, (1, 1)))
+        # What the first rounds rise from says nothing, and would leave the rest a few pixels.
+        later = [dice for curve in curves.values() for step, dice in curve.items() if step >= max(curve) / 5]
+        axes.set_ylim(bottom=max(0.0, min(later) - 0.02))
+        axes.set_title(tables.name(cell), fontsize=10, loc="left", parse_math=False)
+        axes.set_xlabel("% of its rounds, or of a teacher's epochs")
+        axes.set_ylabel("validation Dice")
+    legend = figure.legend(list(shown.values()), list(shown), frameon=False, loc="outside upper left", ncols=3)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    save_figure(figure, path)
+
+
+def _mean_curves(outcomes: Mapping[str, Outcome]) -> dict[str, LearningCurve]:
+    """Return the mean curve of each arm, and of the teachers, over the seeds that all have; of all, if there are none.
+
+    Arms share teachers, so what one arm trained counts for all.
+    """
+    each = {
+        arm: {seed: curves["student"] for seed, curves in outcome.curves.items() if "student" in curves}
+        for arm, outcome in outcomes.items()
+    }
+    by_seed = [pair for outcome in outcomes.values() for pair in outcome.curves.items()]
+    each[_TEACHERS] = {seed: curves["teacher"] for seed, curves in by_seed if "teacher" in curves}
+    each = {name: curves for name, curves in each.items() if curves}
+    common = set.intersection(*(set(curves) for curves in each.values()))
+    return {
+        name: mean_curve([curve for seed, curve in curves.items() if seed in common or not common])
+        for name, curves in each.items()
+    }
+
+
+def _draw_curve(axes: Axes, curve: LearningCurve, **style: Any) -> Line2D:
+    steps = [100 * step / max(curve) for step in curve]
+    (line,) = axes.plot(steps, list(curve.values()), linewidth=1.5, marker="o" if len(steps) == 1 else None, **style)
+    return line

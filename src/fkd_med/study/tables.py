@@ -65,6 +65,10 @@ class Tables:
         data, teacher = cell
         return self.outcomes.get((data, teacher if self.study.arms[arm].has_teacher else "", arm), Outcome())
 
+    def of_cell(self, cell: tuple[str, str]) -> dict[str, Outcome]:
+        """Return what every arm came to in a cell."""
+        return {arm: self.outcome(cell, arm) for arm in self.study.arms}
+
     def arms(self) -> Sheet:
         """Return the scores of each arm in each cell."""
         columns = [Column("cell", left=True), Column("arm", left=True), Column("seeds")]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,7 @@ class MetricsCSV(Logger):
         if not self.path.exists():
             return
         try:
-            whole, _, torn = self.path.read_text().rpartition("\n")
-            lines = list(csv.reader(whole.splitlines()[1:]))
+            lines, torn = _lines(self.path)
             kept = [line for line in lines if len(line) == 3 and wanted(int(line[0]), line[1])]
         except (OSError, ValueError, csv.Error) as error:
             raise RunError(f"{self.path} cannot be read ({error}). Restore it, or remove it to go on.") from error
@@ -102,6 +101,28 @@ class MetricsCSV(Logger):
         if rows:
             new = not self.path.exists() or self.path.stat().st_size == 0
             append_text(self.path, (_HEADER if new else "") + _format(rows))
+
+
+def read_metrics(path: Path) -> Iterator[tuple[int, str, float]]:
+    """Yield step, name and value of each whole line of a metrics.csv; nothing if there is none.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    if not path.is_file():
+        return
+    try:
+        for line in _lines(path)[0]:
+            if len(line) == 3:
+                yield int(line[0]), line[1], float(line[2])
+    except (OSError, ValueError, csv.Error) as error:
+        raise RunError(f"{path} cannot be read ({error}). Restore it, or remove it to do without.") from error
+
+
+def _lines(path: Path) -> tuple[list[list[str]], str]:
+    """Return the lines below the header, and what a crash left of the last one."""
+    whole, _, torn = path.read_text(encoding="utf-8").rpartition("\n")
+    return list(csv.reader(whole.splitlines()[1:])), torn
 
 
 def _number(value: float | Tensor) -> float:
