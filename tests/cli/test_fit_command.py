@@ -139,7 +139,7 @@ def test_without_a_federation_it_is_plain_lightning(
     config = yaml.safe_load((tiny_run.parents[1] / "tiny.yaml").read_text())
     del config["federation"]
     config["model"] = config["model"]["init_args"]["teacher"]["init_args"]["module"]
-    config["trainer"] |= {"max_epochs": 2, "enable_progress_bar": False, "enable_model_summary": False}
+    config["trainer"] |= {"max_epochs": 2}
     (tmp_path / "plain.yaml").write_text(yaml.safe_dump(config))
     arguments = ["--config", str(tmp_path / "plain.yaml"), "--run_dir", str(run)]
     assert main(["fit", *arguments, "--data.client=hospital-b"]) == 0
@@ -156,7 +156,7 @@ def test_without_a_federation_it_is_plain_lightning(
 def test_central_distillation_uses_the_pooled_teacher(tiny_run: Path, tmp_path: Path) -> None:
     config = yaml.safe_load((tiny_run.parents[1] / "tiny.yaml").read_text())
     del config["federation"]
-    config["trainer"] |= {"max_epochs": 1, "enable_progress_bar": False, "enable_model_summary": False}
+    config["trainer"] |= {"max_epochs": 1}
     config["model"]["init_args"]["teacher"]["init_args"]["store"] = str(tmp_path / "store")
     (tmp_path / "central.yaml").write_text(yaml.safe_dump(config))
     run = tmp_path / "run"

@@ -256,7 +256,7 @@ def test_without_federation_too(tiny_run, tmp_path, capsys) -> None:
     config = yaml.safe_load((tiny_run.parents[1] / "tiny.yaml").read_text())
     del config["federation"]
     config["model"] = config["model"]["init_args"]["teacher"]["init_args"]["module"]
-    config["trainer"] |= {"max_epochs": 1, "enable_progress_bar": False, "enable_model_summary": False}
+    config["trainer"] |= {"max_epochs": 1}
     (tmp_path / "plain.yaml").write_text(yaml.safe_dump(config))
     arguments = ["fit", "--config", str(tmp_path / "plain.yaml"), "--run_dir", str(tmp_path / "run")]
     assert main([*arguments, "--test_after_fit=false"]) == 0

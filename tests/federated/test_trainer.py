@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 
 from fkd_med.errors import ConfigError, TrainingError
 from fkd_med.evaluation import ImageTable
 from fkd_med.federated import FederatedTrainer, Federation
+from fkd_med.federated.progress import EpochProgress
 
 
 @pytest.mark.parametrize(
@@ -288,6 +290,31 @@ def test_without_federation_it_is_lightning(fed, tmp_path) -> None:
         ).fit(module, datamodule=fed.Hospitals())  # fmt: skip
         states.append(fed.weights(module))
     assert fed.same(*states)
+
+
+def test_epochs_are_told_as_rounds_are(fed, tmp_path, capsys) -> None:
+    """A line for each, with every hospital and the time left, and why training ended early; nothing of Lightning's."""
+    early = EarlyStopping("val/dice", mode="max", patience=1, min_delta=2.0)
+    trainer = FederatedTrainer(
+        accelerator="cpu", max_epochs=9, logger=False, default_root_dir=tmp_path, enable_checkpointing=False,
+        callbacks=[early],
+    )  # fmt: skip
+    trainer.fit(fed.student(), datamodule=fed.Hospitals())
+    told = capsys.readouterr()
+    first, second, third = told.out.splitlines()
+    number = r"0\.\d{3}"
+    dice = rf"Dice {number} \(a {number}, b {number}, c {number}\)"
+    assert re.fullmatch(rf"epoch 1/9 · loss \d\.\d{{3}} · {dice} · \d+:\d\d left", first)
+    assert second.startswith("epoch 2/9 · ")
+    assert third == "stopped after epoch 2: a callback or max_time asked for it"
+    assert told.err == ""
+
+
+def test_lightnings_own_bar_takes_the_place_of_our_lines(tmp_path) -> None:
+    flags = {"accelerator": "cpu", "logger": False, "default_root_dir": tmp_path}
+    ours, theirs = FederatedTrainer(**flags), FederatedTrainer(**flags, enable_progress_bar=True)
+    assert [any(isinstance(c, EpochProgress) for c in trainer.callbacks) for trainer in (ours, theirs)] == [True, False]
+    assert [trainer.progress_bar_callback is None for trainer in (ours, theirs)] == [True, False]
 
 
 def test_callers_trainer_objects_are_untouched(fed, tmp_path) -> None:

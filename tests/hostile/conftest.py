@@ -54,7 +54,7 @@ def configurations(folder: Path) -> dict[str, dict[str, Any]]:
     model = {"class_path": "fkd_med.modules.DistillationModule", "init_args": distilled}
     federation = {"rounds": 2, "local_epochs": 1, "local_baseline": False, "threads": 1}
     run = common | {"model": model, "federation": federation, "run_dir": str(folder / "runs/run")}
-    trainer = common["trainer"] | {"max_epochs": 1, "enable_progress_bar": False}
+    trainer = common["trainer"] | {"max_epochs": 1}
     return {"plain": common | {"model": plain, "trainer": trainer}, "run": run}
 
 

@@ -97,3 +97,44 @@ class LossOnBar(L.Callback):
             self._last = now
             loss = trainer.callback_metrics.get("train/loss_step", trainer.callback_metrics.get("train/loss"))
             self.reporter.show(self.text + (f" · loss {float(loss):.3f}" if loss is not None else ""))
+
+
+class EpochProgress(L.Callback):
+    """Tells of a training without a federation what is told of rounds: a bar of its batches, a line for each epoch."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter = reporter
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin with what is left to train; nobody knows how much that is where time or steps decide."""
+        left = (trainer.max_epochs or 0) - trainer.current_epoch
+        batches = trainer.num_training_batches
+        self.reporter.begin("epochs", int(left * batches) if left > 0 and batches != float("inf") else 0)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """Count the batch."""
+        self.reporter.advance()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the line of an epoch."""
+        shown, last = trainer.callback_metrics, trainer.max_epochs or -1
+        epoch = trainer.current_epoch + 1
+        text = f"epoch {epoch}" + (f"/{last}" if last > 0 else "")
+        if "train/loss" in shown:
+            text += f" · loss {float(shown['train/loss']):.3f}"
+        if "val/dice" in shown and epoch % (trainer.check_val_every_n_epoch or 1) == 0:
+            end = "/val_dice"
+            each = ", ".join(f"{k.removesuffix(end)} {float(v):.3f}" for k, v in shown.items() if k.endswith(end))
+            text += f" · Dice {float(shown['val/dice']):.3f}" + (f" ({each})" if each else "")
+        left = self.reporter.time_left() if epoch < last else ""
+        self.reporter.line(text + (f" · {left} left" if left else ""))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say why training ends before its last epoch; Lightning's own notices are muted."""
+        self.reporter.end()
+        if trainer.should_stop and trainer.current_epoch < (trainer.max_epochs or 0):
+            self.reporter.line(f"stopped after epoch {trainer.current_epoch}: a callback or max_time asked for it")
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Take the bar away."""
+        self.reporter.end()

@@ -18,7 +18,7 @@ from fkd_med.federated.client import give_teacher
 from fkd_med.federated.federation import Federation
 from fkd_med.federated.inner import as_list, inner_flags, leave_sigterm, serving
 from fkd_med.federated.loop import FederatedLoop
-from fkd_med.federated.progress import Reporter
+from fkd_med.federated.progress import EpochProgress, Reporter
 from fkd_med.federated.quiet import quiet
 from fkd_med.federated.sharing import TeacherExchange, check_consent
 from fkd_med.federated.strategies import check_batch_norm, check_parallel, check_strategy
@@ -59,8 +59,8 @@ class FederatedTrainer(L.Trainer):
         self.flags = dict(kwargs)
         self.inner_flags = inner_flags(kwargs)  # before super().__init__: used Strategy objects are refused later
         check_strategy(kwargs.get("strategy"), federation is not None)
-        if federation is not None:
-            kwargs = self._server_flags(federation, kwargs)
+        self.reporter = Reporter()
+        kwargs = self._server_flags(federation, kwargs) if federation is not None else self._own_progress(kwargs)
         kwargs["plugins"] = [*as_list(kwargs.get("plugins")), SafeCheckpointIO()]
         super().__init__(*args, **kwargs)
         check_batch_norm(self, kwargs.get("sync_batchnorm"))
@@ -69,11 +69,18 @@ class FederatedTrainer(L.Trainer):
         # A trial run must not touch the run that may lie in its folder.
         self.run_dir = RunDir(f"{self.default_root_dir}.fast-dev-run" if self.fast_dev_run else self.default_root_dir)
         self.goes_on = False  # without a checkpoint, with the journal of a first round that was interrupted
-        self.reporter = Reporter()
         self.maps: dict[str, TeacherMaps] = {}  # of the clients' teachers
         self._named_states: dict[str, set[tuple[str, int]]] = {}  # by checkpoint
         if federation is not None:
             self.fit_loop = FederatedLoop(self, federation)
+
+    def _own_progress(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Tell of epochs as of rounds, unless Lightning's own bar is asked for."""
+        defaults = {"enable_progress_bar": False, "enable_model_summary": False}
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        if not given.get("enable_progress_bar"):
+            given["callbacks"] = [*as_list(given.get("callbacks")), EpochProgress(self.reporter)]
+        return {**defaults, **given}
 
     @staticmethod
     def _server_flags(federation: Federation, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -99,7 +106,8 @@ class FederatedTrainer(L.Trainer):
     def fit(self, model: L.LightningModule, *args: Any, **kwargs: Any) -> None:
         """Train: rounds of a federation if there is one, epochs otherwise. Arguments as Lightning's."""
         if self.federation is None:
-            super().fit(model, *args, **kwargs)
+            with quiet():
+                super().fit(model, *args, **kwargs)
             return
         try:
             with serving(model), quiet():
