@@ -10,16 +10,24 @@ import pytest
 
 from fkd_med.cli import main
 
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
+TABLES = sorted(path.relative_to(RESULTS).as_posix() for path in RESULTS.glob("*/RESULTS*.md"))
 
+
+@pytest.mark.parametrize("tables", TABLES)
 def test_published_tables_come_from_the_published_rows(
-    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tables: str
 ) -> None:
     """The command in the first lines of RESULTS.md makes the same tables again."""
-    published, again = repository / "docs" / "results" / "paper-cpu", tmp_path / "docs" / "results" / "paper-cpu"
-    shutil.copytree(published, again, ignore=shutil.ignore_patterns("RESULTS.md", "results.csv", "*.png"))
+    published = RESULTS / tables
+    again = tmp_path / "docs" / "results" / tables
+    shutil.copytree(
+        published.parent, again.parent, ignore=shutil.ignore_patterns("RESULTS*.md", "results*.csv", "*.png")
+    )
     (tmp_path / "configs").symlink_to(repository / "configs", target_is_directory=True)
     monkeypatch.chdir(tmp_path)
-    command = (published / "RESULTS.md").read_text().partition("`fkd ")[2].partition("`")[0]
+    command = published.read_text().partition("`fkd ")[2].partition("`")[0]
     assert main(shlex.split(command)) == 0
-    assert (again / "results.csv").read_text() == (published / "results.csv").read_text()
-    assert (again / "RESULTS.md").read_text() == (published / "RESULTS.md").read_text()
+    rows = published.name.replace("RESULTS", "results").replace(".md", ".csv")
+    assert (again.parent / rows).read_text() == (published.parent / rows).read_text()
+    assert again.read_text() == published.read_text()
