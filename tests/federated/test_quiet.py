@@ -28,3 +28,10 @@ def test_levels_come_back_after_an_error() -> None:
         assert not logger.isEnabledFor(logging.WARNING)
         raise ValueError("x")
     assert logger.level == before
+
+
+def test_a_profilers_report_is_what_was_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    with quiet():
+        logging.getLogger("lightning.pytorch.profilers.profiler").info("FIT Profiler Report")
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").info("`Trainer.fit` stopped")
+    assert [record.message for record in caplog.records] == ["FIT Profiler Report"]

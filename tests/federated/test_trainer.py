@@ -9,7 +9,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    TQDMProgressBar,
+)
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 
 from fkd_med.errors import ConfigError, TrainingError
@@ -292,29 +298,59 @@ def test_without_federation_it_is_lightning(fed, tmp_path) -> None:
     assert fed.same(*states)
 
 
-def test_epochs_are_told_as_rounds_are(fed, tmp_path, capsys) -> None:
+def plain(folder, **flags) -> FederatedTrainer:
+    return FederatedTrainer(
+        **{"accelerator": "cpu", "logger": False, "default_root_dir": folder, "enable_checkpointing": False} | flags
+    )
+
+
+def test_epochs_are_told_as_rounds_are(fed, tmp_path, capsys, caplog) -> None:
     """A line for each, with every hospital and the time left, and why training ended early; nothing of Lightning's."""
+    caplog.set_level("INFO")
     early = EarlyStopping("val/dice", mode="max", patience=1, min_delta=2.0)
-    trainer = FederatedTrainer(
-        accelerator="cpu", max_epochs=9, logger=False, default_root_dir=tmp_path, enable_checkpointing=False,
-        callbacks=[early],
-    )  # fmt: skip
-    trainer.fit(fed.student(), datamodule=fed.Hospitals())
-    told = capsys.readouterr()
-    first, second, third = told.out.splitlines()
+    plain(tmp_path, max_epochs=9, callbacks=[early]).fit(fed.student(), datamodule=fed.Hospitals())
+    first, second, third = capsys.readouterr().out.splitlines()
     number = r"0\.\d{3}"
     dice = rf"Dice {number} \(a {number}, b {number}, c {number}\)"
     assert re.fullmatch(rf"epoch 1/9 · loss \d\.\d{{3}} · {dice} · \d+:\d\d left", first)
     assert second.startswith("epoch 2/9 · ")
     assert third == "stopped after epoch 2: a callback or max_time asked for it"
-    assert told.err == ""
+    assert not caplog.records
+
+
+def test_steps_may_decide_and_scores_are_told_of_their_own_epoch_only(fed, tmp_path, capsys) -> None:
+    trainer = plain(tmp_path, max_steps=5, check_val_every_n_epoch=2)
+    trainer.fit(fed.student(), datamodule=fed.Hospitals())
+    lines = capsys.readouterr().out.splitlines()
+    assert trainer.num_training_batches == 2
+    assert ["Dice" in line for line in lines[:2]] == [False, True]
+    assert [line.split(" · ")[0] for line in lines] == [
+        "epoch 1",
+        "epoch 2",
+        "epoch 3",
+        "stopped after 5 steps: max_steps",
+    ]
+    assert lines[0].endswith(" left") and trainer.reporter._units == trainer.reporter._done == 5
+
+
+def test_an_error_takes_the_bar_away(fed, tmp_path) -> None:
+    class Fails(L.Callback):
+        def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+            assert trainer.reporter._progress is not None
+            raise ValueError("a bad batch")
+
+    trainer = plain(tmp_path, max_epochs=1, callbacks=[Fails()])
+    with pytest.raises(ValueError, match="a bad batch"):
+        trainer.fit(fed.student(), datamodule=fed.Hospitals())
+    assert trainer.reporter._progress is None
 
 
 def test_lightnings_own_bar_takes_the_place_of_our_lines(tmp_path) -> None:
-    flags = {"accelerator": "cpu", "logger": False, "default_root_dir": tmp_path}
-    ours, theirs = FederatedTrainer(**flags), FederatedTrainer(**flags, enable_progress_bar=True)
-    assert [any(isinstance(c, EpochProgress) for c in trainer.callbacks) for trainer in (ours, theirs)] == [True, False]
-    assert [trainer.progress_bar_callback is None for trainer in (ours, theirs)] == [True, False]
+    for flags in ({"enable_progress_bar": True}, {"callbacks": [TQDMProgressBar()]}):
+        trainer = plain(tmp_path, **flags)
+        assert trainer.progress_bar_callback is not None
+        assert not any(isinstance(callback, EpochProgress) for callback in trainer.callbacks)
+    assert plain(tmp_path).progress_bar_callback is None
 
 
 def test_callers_trainer_objects_are_untouched(fed, tmp_path) -> None:

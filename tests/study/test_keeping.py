@@ -17,7 +17,7 @@ OUTPUT, KEPT = Path("results"), Path("kept")
 
 @pytest.fixture
 def finished(jobs: list[Job]) -> Job:
-    """A run, finished: three rounds of validation, of which the second is best, and a test."""
+    """A run, finished: three rounds of validation at two hospitals, of which the second is best, and a test."""
     job = jobs[3]
     assert str(Path.cwd()) in str(job.settings["model"]["store"]), "a path that must not come along"
     finish(job)
@@ -30,6 +30,7 @@ def finish(job: Job) -> None:
     (job.run / "checkpoints" / "last.ckpt").write_bytes(b"0" * 10_000)
     row = ImageRow("student", "federated", "val", 1, "a", "image-1", 0.5, 0.4, None, "")
     rows = [replace(row, round=round, dice=dice) for round, dice in ((1, 0.5), (2, 0.7), (3, 0.6))]
+    rows += [replace(row, client="b") for row in rows]
     ImageTable.append(job.run / "images.csv", [*rows, replace(row, split="test", round=2, hd95=3.0)])
     metrics = ["1,teacher/a/val/dice,0.25", "2,teacher/a/val/dice,0.375", "1,teacher/b/val/dice,0.5", "1,val/dice,0.9"]
     (job.run / "metrics.csv").write_text("\n".join(["step,name,value", *metrics, "2,teacher/b/val/di"]))
@@ -55,7 +56,7 @@ def test_it_is_small_and_has_no_paths(finished: Job, jobs: list[Job]) -> None:
         "images.csv",
         "ledger.csv",
     ]
-    assert len(ImageTable.read(files[3])) == 2
+    assert len(ImageTable.read(files[3])) == 3
     assert files[4].read_text() == "round,bytes\n1,10\n2,25\n"
     assert all(str(Path.cwd()) not in path.read_text() for path in files)
 
@@ -71,16 +72,36 @@ def test_rows_that_were_kept_without_curves_have_none(finished: Job, jobs: list[
     (finished.run / "metrics.csv").unlink()
     (outcome,) = read_outcomes(jobs).values()
     assert outcome.curves[0] == {}
+    before = (KEPT / "x" / "large" / "taught" / "seed-0" / "run" / "curves.csv").read_text()
     keep(jobs, OUTPUT, KEPT)
-    assert (KEPT / "x" / "large" / "taught" / "seed-0" / "run" / "curves.csv").exists()  # kept the first time
+    assert (KEPT / "x" / "large" / "taught" / "seed-0" / "run" / "curves.csv").read_text() == before
 
 
-def test_damaged_curves_are_named(finished: Job, jobs: list[Job], study: Study, base: Path) -> None:
+def test_kept_curves_of_teachers_outlive_a_run_that_found_them_in_the_store(finished: Job, jobs: list[Job]) -> None:
+    keep(jobs, OUTPUT, KEPT)
+    (finished.run / "metrics.csv").write_text("step,name,value\n1,val/dice,0.9\n")
+    (outcome,) = read_outcomes(jobs).values()
+    assert outcome.curves[0].keys() == {"student"}
+    keep(jobs, OUTPUT, KEPT)
+    kept = (KEPT / "x" / "large" / "taught" / "seed-0" / "run" / "curves.csv").read_text()
+    assert "teacher,1,0.375" in kept and "student,2,0.7" in kept
+
+
+@pytest.mark.parametrize("trained", [["a"], ["a", "b", "c"], ["all-clients"]])
+def test_teachers_of_some_hospitals_are_no_curve_of_all(finished: Job, jobs: list[Job], trained: list[str]) -> None:
+    lines = [f"1,teacher/{name}/val/dice,0.5\n" for name in trained]
+    (finished.run / "metrics.csv").write_text("".join(["step,name,value\n", *lines]))
+    (outcome,) = read_outcomes(jobs).values()
+    assert outcome.curves[0].keys() == {"student"}
+
+
+@pytest.mark.parametrize("line", ["student,one,0.5", "student,0,0.5", "student,1,nan", "student,1"])
+def test_damaged_curves_are_named(finished: Job, jobs: list[Job], study: Study, base: Path, line: str) -> None:
     keep(jobs, OUTPUT, KEPT)
     again = jobs_of(study, study.presets["few"], base, KEPT, Selection(without_images=True))
     path = KEPT / "x" / "large" / "taught" / "seed-0" / "run" / "curves.csv"
-    path.write_text("model,step,dice\nstudent,one,0.5\n")
-    with pytest.raises(RunError, match=r"seed-0/run/curves\.csv cannot be read .*'one'.*do without"):
+    path.write_text(f"model,step,dice\n{line}\n")
+    with pytest.raises(RunError, match=r"seed-0/run/curves\.csv cannot be read .*do without"):
         read_outcomes(again)
 
 

@@ -12,6 +12,7 @@ from fkd_med.cli import main
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 TABLES = sorted(path.relative_to(RESULTS).as_posix() for path in RESULTS.glob("*/RESULTS*.md"))
+assert TABLES, "docs/results is empty"
 
 
 @pytest.mark.parametrize("tables", TABLES)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from study_rows import finish, row
 
-from fkd_med.evaluation import ImageRow
-from fkd_med.study import Job, Study, Tables, read_outcomes
+from fkd_med.evaluation import ImageRow, ImageTable
+from fkd_med.study import Job, Outcome, Study, Tables, read_outcomes
 from fkd_med.study.curves import mean_curve
-from fkd_med.study.report import write_report
+from fkd_med.study.report import _mean_curves, write_report
 
 
 def student(base: float, **other: object) -> list[ImageRow]:
@@ -84,11 +84,45 @@ def test_missing_runs_are_named_and_the_rest_is_made(tables: Tables, tmp_path: P
 
 def test_learning_curves_are_drawn_where_there_are_some(tables: Tables, tmp_path: Path) -> None:
     job = next(job for job in tables.jobs if job.name == "x small taught seed 1")
-    (job.run / "metrics.csv").write_text("step,name,value\n1,teacher/a/val/dice,0.4\n2,teacher/a/val/dice,0.6\n")
+    ImageTable.append(job.run / "images.csv", student(0.4, split="val", round=1) + student(0.6, split="val", round=2))
+    (job.run / "metrics.csv").write_text("step,name,value\n1,teacher/a/val/dice,0.4\n1,teacher/b/val/dice,0.6\n")
     again = Tables(tables.study, tables.jobs, read_outcomes(tables.jobs))
+    assert again.outcome(("x", "small"), "taught").curves[1] == {"student": {1: 0.45, 2: 0.65}, "teacher": {1: 0.5}}
     *_, plot = write_report(again, tmp_path / "made")
     assert plot.name == "learning_curves.png" and plot.read_bytes().startswith(b"\x89PNG")
     assert "![learning curves](learning_curves.png)" in (tmp_path / "made" / "RESULTS.md").read_text()
+
+
+def test_curves_beside_each_other_are_of_the_same_seeds() -> None:
+    """Those that most arms have; an arm without them is left out, and teachers of any arm count for all."""
+
+    def outcome(curves: dict[int, float], teachers: dict[int, float] | None = None) -> Outcome:
+        found = {seed: {"student": {1: dice, 2: dice}} for seed, dice in curves.items()}
+        for seed, dice in (teachers or {}).items():
+            found.setdefault(seed, {})["teacher"] = {1: dice}
+        return Outcome(curves=found)
+
+    arms = {
+        "plain": outcome({1: 0.2, 2: 0.4}),
+        "ours": outcome({0: 0.9, 1: 0.4, 2: 0.6}, {1: 0.1}),
+        "published": outcome({1: 0.0, 2: 0.2}, {2: 0.3}),
+        "other": outcome({0: 0.7, 1: 0.7}),
+    }
+    seeds, curves = _mean_curves(arms)
+    assert seeds == [1]
+    assert curves == {
+        "plain": {1: 0.2, 2: 0.2}, "ours": {1: 0.4, 2: 0.4}, "published": {1: 0.0, 2: 0.0}, "other": {1: 0.7, 2: 0.7},
+        "hospitals' teachers": {1: 0.1},
+    }  # fmt: skip
+    seeds, curves = _mean_curves({name: arm for name, arm in arms.items() if name != "other"})
+    assert seeds == [1, 2] and curves["ours"] == {1: 0.5, 2: 0.5}
+    assert curves["hospitals' teachers"] == {1: pytest.approx(0.2)}
+    assert _mean_curves({"plain": Outcome()}) == ([], {})
+
+
+def test_seeds_without_a_common_step_have_no_mean_curve() -> None:
+    taught = Outcome(curves={0: {"student": {1: 0.5}}, 1: {"student": {2: 0.5}}})
+    assert _mean_curves({"taught": taught}) == ([0, 1], {})
 
 
 def test_mean_of_curves_is_of_the_steps_that_all_have() -> None:

@@ -9,7 +9,7 @@ import lightning as L
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fkd_med.ranks import is_first_rank
+from fkd_med.ranks import is_first_rank, mean_of_ranks
 
 
 def format_seconds(seconds: float) -> str:
@@ -36,7 +36,7 @@ class Reporter:
         self._started = 0.0
 
     def begin(self, stage: str, units: int) -> None:
-        """Start a stage of `units` equal pieces (teacher epochs, rounds x clients)."""
+        """Start a stage of `units` equal pieces (teacher epochs, rounds x clients); 0 if nobody knows how many."""
         self.end()
         self._units, self._done, self._started = units, 0, time.monotonic()
         if not self.enabled:
@@ -51,7 +51,7 @@ class Reporter:
             disable=not self.console.is_terminal,
         )
         self._progress.start()
-        self._task = self._progress.add_task(stage, total=units)
+        self._task = self._progress.add_task(stage, total=units or None)
 
     def show(self, text: str) -> None:
         """Change the text beside the bar."""
@@ -66,7 +66,7 @@ class Reporter:
 
     def time_left(self) -> str:
         """Return the time left in this stage, from the pace so far; empty before the first piece is done."""
-        if not self._done:
+        if not (self._done and self._units):
             return ""
         pace = (time.monotonic() - self._started) / self._done
         return format_seconds(pace * max(0, self._units - self._done))
@@ -104,16 +104,25 @@ class EpochProgress(L.Callback):
 
     def __init__(self, reporter: Reporter) -> None:
         self.reporter = reporter
+        self._validated = -1  # the epoch whose scores are in the trainer's metrics
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin with what is left to train; nobody knows how much that is where time or steps decide."""
-        left = (trainer.max_epochs or 0) - trainer.current_epoch
-        batches = trainer.num_training_batches
-        self.reporter.begin("epochs", int(left * batches) if left > 0 and batches != float("inf") else 0)
+        """Begin with what is left to train, as far as that is known."""
+        epochs, steps, batches = trainer.max_epochs or 0, trainer.max_steps, trainer.num_training_batches
+        known = []
+        if epochs > 0 and batches != float("inf"):
+            known.append((epochs - trainer.current_epoch) * batches)
+        if steps > 0:
+            known.append((steps - trainer.global_step) * trainer.accumulate_grad_batches)
+        self.reporter.begin("batches", int(min(known, default=0)))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Count the batch."""
         self.reporter.advance()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note that the scores are of this epoch."""
+        self._validated = -1 if trainer.sanity_checking else trainer.current_epoch
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the line of an epoch."""
@@ -121,20 +130,24 @@ class EpochProgress(L.Callback):
         epoch = trainer.current_epoch + 1
         text = f"epoch {epoch}" + (f"/{last}" if last > 0 else "")
         if "train/loss" in shown:
-            text += f" · loss {float(shown['train/loss']):.3f}"
-        if "val/dice" in shown and epoch % (trainer.check_val_every_n_epoch or 1) == 0:
+            text += f" · loss {mean_of_ranks({'loss': float(shown['train/loss'])})['loss']:.3f}"
+        if "val/dice" in shown and self._validated == trainer.current_epoch:
             end = "/val_dice"
             each = ", ".join(f"{k.removesuffix(end)} {float(v):.3f}" for k, v in shown.items() if k.endswith(end))
             text += f" · Dice {float(shown['val/dice']):.3f}" + (f" ({each})" if each else "")
-        left = self.reporter.time_left() if epoch < last else ""
+        left = self.reporter.time_left() if epoch != last else ""
         self.reporter.line(text + (f" · {left} left" if left else ""))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say why training ends before its last epoch; Lightning's own notices are muted."""
         self.reporter.end()
-        if trainer.should_stop and trainer.current_epoch < (trainer.max_epochs or 0):
+        if trainer.current_epoch == trainer.max_epochs:
+            return
+        if trainer.should_stop:
             self.reporter.line(f"stopped after epoch {trainer.current_epoch}: a callback or max_time asked for it")
+        elif trainer.global_step == trainer.max_steps:
+            self.reporter.line(f"stopped after {trainer.global_step} steps: max_steps")
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Take the bar away."""
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Take the bar away: Lightning calls no `teardown` then."""
         self.reporter.end()

@@ -16,6 +16,8 @@ _LOGGERS = (
     "lightning_utilities.core.rank_zero",
 )
 
+_ASKED_FOR = "lightning.pytorch.profilers"  # what a profiler found is what it was configured for
+
 # What Lightning says of any inner Trainer, true and expected here.
 _EXPECTED = (
     ".*does not have many workers.*",
@@ -40,10 +42,11 @@ _EXPECTED = (
 @contextmanager
 def quiet() -> Iterator[None]:
     """Mute Lightning's notices, and the warnings that say nothing new, inside the block."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    wanted = dict.fromkeys(_LOGGERS, logging.ERROR) | {_ASKED_FOR: logging.INFO}
+    loggers = [logging.getLogger(name) for name in wanted]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        _set_level(logger, logging.ERROR)
+        _set_level(logger, wanted[logger.name])
     try:
         with warnings.catch_warnings():
             for message in _EXPECTED:

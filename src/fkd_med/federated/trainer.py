@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 
 from fkd_med.allocator import keep_memory
 from fkd_med.checkpoints import LastCheckpoint, SafeCheckpointIO, checkpoint_digest, read_checkpoint
@@ -63,6 +64,7 @@ class FederatedTrainer(L.Trainer):
         kwargs = self._server_flags(federation, kwargs) if federation is not None else self._own_progress(kwargs)
         kwargs["plugins"] = [*as_list(kwargs.get("plugins")), SafeCheckpointIO()]
         super().__init__(*args, **kwargs)
+        self.reporter.enabled = self.is_global_zero
         check_batch_norm(self, kwargs.get("sync_batchnorm"))
         check_parallel(self, 1 if federation is None else federation.parallel)
         leave_sigterm(self)
@@ -75,12 +77,14 @@ class FederatedTrainer(L.Trainer):
             self.fit_loop = FederatedLoop(self, federation)
 
     def _own_progress(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Tell of epochs as of rounds, unless Lightning's own bar is asked for."""
+        """Tell of epochs as of rounds, unless a bar of Lightning's is asked for."""
+        callbacks = as_list(kwargs.get("callbacks"))
+        asked = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if kwargs.get("enable_progress_bar") or (asked and kwargs.get("enable_progress_bar") is None):
+            return kwargs
         defaults = {"enable_progress_bar": False, "enable_model_summary": False}
         given = {name: value for name, value in kwargs.items() if value is not None}
-        if not given.get("enable_progress_bar"):
-            given["callbacks"] = [*as_list(given.get("callbacks")), EpochProgress(self.reporter)]
-        return {**defaults, **given}
+        return {**defaults, **given, "callbacks": [*callbacks, EpochProgress(self.reporter)]}
 
     @staticmethod
     def _server_flags(federation: Federation, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +110,7 @@ class FederatedTrainer(L.Trainer):
     def fit(self, model: L.LightningModule, *args: Any, **kwargs: Any) -> None:
         """Train: rounds of a federation if there is one, epochs otherwise. Arguments as Lightning's."""
         if self.federation is None:
-            with quiet():
+            with quiet() if self.progress_bar_callback is None else nullcontext():
                 super().fit(model, *args, **kwargs)
             return
         try:
@@ -146,7 +150,6 @@ class FederatedTrainer(L.Trainer):
             raise ConfigError("This configuration has no teachers: model must be a DistillationModule with a teacher.")
         if self.federation is not None:
             check_consent(self.federation.share_teachers, self.federation.is_local, model)
-        self.reporter.enabled = self.is_global_zero
         self._ensure(model, datamodule, self._taught(datamodule))
 
     def arm(self, client: str | None = None) -> str:

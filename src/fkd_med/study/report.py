@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def _plots(tables: Tables, output: Path, suffix: str) -> list[Path]:
     if any(any(outcome.bytes.values()) for outcome in tables.outcomes.values()):
         plots.append(output / f"dice_over_bytes{suffix}.png")
         _draw_bytes(tables, plots[-1])
-    if any(any(outcome.curves.values()) for outcome in tables.outcomes.values()):
+    if any(_mean_curves(tables.of_cell(cell))[1] for cell in tables.cells()):
         plots.append(output / f"learning_curves{suffix}.png")
         _draw_curves(tables, plots[-1])
     return plots
@@ -120,11 +121,11 @@ def _draw_bytes(tables: Tables, path: Path) -> None:
 
 def _draw_curves(tables: Tables, path: Path) -> None:
     """Draw validation Dice over the training of each arm, a panel per cell; in black, their hospitals' teachers."""
-    cells = [cell for cell in tables.cells() if any(any(o.curves.values()) for o in tables.of_cell(cell).values())]
+    cells = [cell for cell in tables.cells() if _mean_curves(tables.of_cell(cell))[1]]
     figure, panels = new_panels(len(cells), 9, 1.3 + 3.2 * -(-len(cells) // 2))
     shown: dict[str, Line2D] = {}
     for cell, axes in zip(cells, panels, strict=True):
-        curves = _mean_curves(tables.of_cell(cell))
+        seeds, curves = _mean_curves(tables.of_cell(cell))
         for number, (arm, design) in enumerate(tables.study.arms.items()):
             if arm in curves:
                 shown[design.label] = _draw_curve(axes, curves[arm], **line_style(number))
@@ -133,8 +134,9 @@ def _draw_curves(tables: Tables, path: Path) -> None:
         # What the first rounds rise from says nothing, and would leave the rest a few pixels.
         later = [dice for curve in curves.values() for step, dice in curve.items() if step >= max(curve) / 5]
         axes.set_ylim(bottom=max(0.0, min(later) - 0.02))
-        axes.set_title(tables.name(cell), fontsize=10, loc="left", parse_math=False)
-        axes.set_xlabel("% of its rounds, or of a teacher's epochs")
+        of = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+        axes.set_title(f"{tables.name(cell)}, {of}", fontsize=10, loc="left", parse_math=False)
+        axes.set_xlabel("% of its training, or of a teacher's")
         axes.set_ylabel("validation Dice")
     legend = figure.legend(list(shown.values()), list(shown), frameon=False, loc="outside upper left", ncols=3)
     for text in legend.get_texts():
@@ -142,23 +144,22 @@ def _draw_curves(tables: Tables, path: Path) -> None:
     save_figure(figure, path)
 
 
-def _mean_curves(outcomes: Mapping[str, Outcome]) -> dict[str, LearningCurve]:
-    """Return the mean curve of each arm, and of the teachers, over the seeds that all have; of all, if there are none.
+def _mean_curves(outcomes: Mapping[str, Outcome]) -> tuple[list[int], dict[str, LearningCurve]]:
+    """Return the seeds that most arms have, and over these the mean curve of each arm that has them all.
 
-    Arms share teachers, so what one arm trained counts for all.
+    And of the teachers, which arms share: what one arm trained counts for all.
     """
     each = {
         arm: {seed: curves["student"] for seed, curves in outcome.curves.items() if "student" in curves}
         for arm, outcome in outcomes.items()
     }
+    number = Counter(seed for curves in each.values() for seed in curves)
+    seeds = sorted(seed for seed in number if number[seed] == max(number.values()))
     by_seed = [pair for outcome in outcomes.values() for pair in outcome.curves.items()]
     each[_TEACHERS] = {seed: curves["teacher"] for seed, curves in by_seed if "teacher" in curves}
-    each = {name: curves for name, curves in each.items() if curves}
-    common = set.intersection(*(set(curves) for curves in each.values()))
-    return {
-        name: mean_curve([curve for seed, curve in curves.items() if seed in common or not common])
-        for name, curves in each.items()
-    }
+    whole = {name: curves for name, curves in each.items() if seeds and curves.keys() >= set(seeds)}
+    means = {name: mean_curve([curves[seed] for seed in seeds]) for name, curves in whole.items()}
+    return seeds, {name: curve for name, curve in means.items() if curve}
 
 
 def _draw_curve(axes: Axes, curve: LearningCurve, **style: Any) -> Line2D:

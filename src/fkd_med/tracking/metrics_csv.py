@@ -104,13 +104,11 @@ class MetricsCSV(Logger):
 
 
 def read_metrics(path: Path) -> Iterator[tuple[int, str, float]]:
-    """Yield step, name and value of each whole line of a metrics.csv; nothing if there is none.
+    """Yield step, name and value of each whole line of a metrics.csv.
 
     Raises:
         RunError: it cannot be read.
     """
-    if not path.is_file():
-        return
     try:
         for line in _lines(path)[0]:
             if len(line) == 3:
