@@ -9,6 +9,7 @@ from fkd_med.federated.feddf import FedDF
 from fkd_med.federated.federation import Federation
 from fkd_med.federated.global_distillation import GlobalDistillation
 from fkd_med.federated.participation import Availability, ByWeight, Fraction, Number, Participation, RoundRobin
+from fkd_med.federated.pooled_teacher import PooledTeacherStage
 from fkd_med.federated.public_digest import PublicDigest
 from fkd_med.federated.rules import ClientRule, FedNovaRule, FedProx, ScaffoldRule
 from fkd_med.federated.server_distillation import ServerDistillation, ServerWork
@@ -33,6 +34,7 @@ __all__ = [
     "GlobalDistillation",
     "Number",
     "Participation",
+    "PooledTeacherStage",
     "PublicDigest",
     "RoundRobin",
     "ScaffoldRule",

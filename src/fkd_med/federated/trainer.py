@@ -191,7 +191,7 @@ class FederatedTrainer(L.Trainer):
         if image is not None:
             module.rehearse(image)
         epochs = 1 if self.fast_dev_run else getattr(source, "epochs", 1)
-        self.reporter.begin("teachers", len(clients) * epochs)
+        self.reporter.begin("teachers", epochs * (1 if source.one_for_all else len(clients)))
         for client in clients:
             source.ensure(client, data, **self.teacher_options())
         self.reporter.end()

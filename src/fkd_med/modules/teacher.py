@@ -21,6 +21,9 @@ class TeacherSource(ABC):
     shares: bool = False
     """Whether clients learn from one another's teachers, which for that travel once (`share`)."""
 
+    one_for_all: bool = False
+    """Whether all clients have the same teacher, which is made sure of once."""
+
     @abstractmethod
     def ensure(self, client: str | None, data: Any, **options: Any) -> Path:
         """Return the checkpoint of the client's teacher, training it first if there is none.
