@@ -11,7 +11,7 @@ from study_rows import finish, row
 from fkd_med.evaluation import ImageRow, ImageTable
 from fkd_med.study import Job, Outcome, Study, Tables, read_outcomes
 from fkd_med.study.curves import mean_curve
-from fkd_med.study.report import _mean_curves, write_report
+from fkd_med.study.report import _common, _mean_curves, write_report
 
 
 def student(base: float, **other: object) -> list[ImageRow]:
@@ -93,8 +93,8 @@ def test_learning_curves_are_drawn_where_there_are_some(tables: Tables, tmp_path
     assert "![learning curves](learning_curves.png)" in (tmp_path / "made" / "RESULTS.md").read_text()
 
 
-def test_curves_beside_each_other_are_of_the_same_seeds() -> None:
-    """Those that most arms have; an arm without them is left out, and teachers of any arm count for all."""
+def test_curves_beside_each_other_are_of_the_same_seeds(study: Study) -> None:
+    """An arm without them is left out, and teachers that any arm trained count for all."""
 
     def outcome(curves: dict[int, float], teachers: dict[int, float] | None = None) -> Outcome:
         found = {seed: {"student": {1: dice, 2: dice}} for seed, dice in curves.items()}
@@ -102,27 +102,30 @@ def test_curves_beside_each_other_are_of_the_same_seeds() -> None:
             found.setdefault(seed, {})["teacher"] = {1: dice}
         return Outcome(curves=found)
 
-    arms = {
-        "plain": outcome({1: 0.2, 2: 0.4}),
-        "ours": outcome({0: 0.9, 1: 0.4, 2: 0.6}, {1: 0.1}),
-        "published": outcome({1: 0.0, 2: 0.2}, {2: 0.3}),
-        "other": outcome({0: 0.7, 1: 0.7}),
-    }
-    seeds, curves = _mean_curves(arms)
-    assert seeds == [1]
-    assert curves == {
-        "plain": {1: 0.2, 2: 0.2}, "ours": {1: 0.4, 2: 0.4}, "published": {1: 0.0, 2: 0.0}, "other": {1: 0.7, 2: 0.7},
-        "hospitals' teachers": {1: 0.1},
-    }  # fmt: skip
-    seeds, curves = _mean_curves({name: arm for name, arm in arms.items() if name != "other"})
-    assert seeds == [1, 2] and curves["ours"] == {1: 0.5, 2: 0.5}
-    assert curves["hospitals' teachers"] == {1: pytest.approx(0.2)}
-    assert _mean_curves({"plain": Outcome()}) == ([], {})
+    def drawn(**arms: Outcome) -> tuple[list[int], dict[str, dict[int, float]]]:
+        places = {name: ("x", "small" if name == "taught" else "", name) for name in arms}
+        return _mean_curves(Tables(study, [], {places[name]: arm for name, arm in arms.items()}), ("x", "small"))
+
+    plain, taught = outcome({1: 0.2, 2: 0.4, 3: 0.9}), outcome({1: 0.4, 2: 0.6}, {1: 0.1, 2: 0.3})
+    both = {1: pytest.approx(0.3), 2: pytest.approx(0.3)}, {1: 0.5, 2: 0.5}
+    seeds, curves = drawn(plain=plain, taught=taught, extra=outcome({3: 0.9}))
+    assert seeds == [1, 2], "arms with a teacher decide"
+    assert curves == {"plain": both[0], "taught": both[1], "hospitals' teachers": {1: pytest.approx(0.2)}}
+    assert drawn(plain=plain, taught=outcome({0: 0.5}, {1: 0.1})) == ([0], {"taught": {1: 0.5, 2: 0.5}})
+    assert drawn(plain=plain)[0] == [1, 2, 3]
+    assert drawn() == ([], {})
 
 
-def test_seeds_without_a_common_step_have_no_mean_curve() -> None:
+def test_seeds_are_chosen_for_the_most_curves() -> None:
+    assert _common([{0, 1, 2}, {1, 2}, {1}]) == [1, 2]
+    assert _common([{0, 1}, {1, 2}, {1}]) == [1]
+    assert _common([{0}, {1}]) == [0]
+    assert _common([]) == []
+
+
+def test_seeds_without_a_common_step_have_no_mean_curve(study: Study) -> None:
     taught = Outcome(curves={0: {"student": {1: 0.5}}, 1: {"student": {2: 0.5}}})
-    assert _mean_curves({"taught": taught}) == ([0, 1], {})
+    assert _mean_curves(Tables(study, [], {("x", "small", "taught"): taught}), ("x", "small")) == ([0, 1], {})
 
 
 def test_mean_of_curves_is_of_the_steps_that_all_have() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from fkd_med.evaluation.summary import summarize
 from fkd_med.files import atomic_write_text
 from fkd_med.study.curves import LearningCurve, mean_curve
 from fkd_med.study.intervals import nested_bootstrap, samples
-from fkd_med.study.outcome import Outcome
 from fkd_med.study.tables import Tables
 
 _COLUMNS = ("data", "teacher", "arm", "model", "seed", "hospital", "images", "dice", "iou", "hd95", "bytes", "seconds")
@@ -71,7 +70,7 @@ def _plots(tables: Tables, output: Path, suffix: str) -> list[Path]:
     if any(any(outcome.bytes.values()) for outcome in tables.outcomes.values()):
         plots.append(output / f"dice_over_bytes{suffix}.png")
         _draw_bytes(tables, plots[-1])
-    if any(_mean_curves(tables.of_cell(cell))[1] for cell in tables.cells()):
+    if any(_mean_curves(tables, cell)[1] for cell in tables.cells()):
         plots.append(output / f"learning_curves{suffix}.png")
         _draw_curves(tables, plots[-1])
     return plots
@@ -121,11 +120,11 @@ def _draw_bytes(tables: Tables, path: Path) -> None:
 
 def _draw_curves(tables: Tables, path: Path) -> None:
     """Draw validation Dice over the training of each arm, a panel per cell; in black, their hospitals' teachers."""
-    cells = [cell for cell in tables.cells() if _mean_curves(tables.of_cell(cell))[1]]
+    cells = [cell for cell in tables.cells() if _mean_curves(tables, cell)[1]]
     figure, panels = new_panels(len(cells), 9, 1.3 + 3.2 * -(-len(cells) // 2))
     shown: dict[str, Line2D] = {}
     for cell, axes in zip(cells, panels, strict=True):
-        seeds, curves = _mean_curves(tables.of_cell(cell))
+        seeds, curves = _mean_curves(tables, cell)
         for number, (arm, design) in enumerate(tables.study.arms.items()):
             if arm in curves:
                 shown[design.label] = _draw_curve(axes, curves[arm], **line_style(number))
@@ -144,22 +143,38 @@ def _draw_curves(tables: Tables, path: Path) -> None:
     save_figure(figure, path)
 
 
-def _mean_curves(outcomes: Mapping[str, Outcome]) -> tuple[list[int], dict[str, LearningCurve]]:
-    """Return the seeds that most arms have, and over these the mean curve of each arm that has them all.
+def _mean_curves(tables: Tables, cell: tuple[str, str]) -> tuple[list[int], dict[str, LearningCurve]]:
+    """Return seeds that many arms have, and over these the mean curve of each arm of a cell that has them all.
 
-    And of the teachers, which arms share: what one arm trained counts for all.
+    Arms with a teacher of the cell decide on the seeds, if there are any. Arms share teachers: what one arm trained
+    counts for all.
     """
+    outcomes = tables.of_cell(cell)
     each = {
         arm: {seed: curves["student"] for seed, curves in outcome.curves.items() if "student" in curves}
         for arm, outcome in outcomes.items()
     }
-    number = Counter(seed for curves in each.values() for seed in curves)
-    seeds = sorted(seed for seed in number if number[seed] == max(number.values()))
+    seeds = _common([set(each[arm]) for arm, design in tables.study.arms.items() if design.has_teacher])
+    seeds = seeds or _common([set(curves) for curves in each.values()])
     by_seed = [pair for outcome in outcomes.values() for pair in outcome.curves.items()]
     each[_TEACHERS] = {seed: curves["teacher"] for seed, curves in by_seed if "teacher" in curves}
     whole = {name: curves for name, curves in each.items() if seeds and curves.keys() >= set(seeds)}
     means = {name: mean_curve([curves[seed] for seed in seeds]) for name, curves in whole.items()}
     return seeds, {name: curve for name, curve in means.items() if curve}
+
+
+def _common(arms: Sequence[Set[int]]) -> list[int]:
+    """Return seeds of those that each arm has: with which the most curves can be drawn, more seeds before more arms."""
+    number = Counter(seed for seeds in arms for seed in seeds)
+    ordered = sorted(number, key=lambda seed: (-number[seed], seed))
+    best: list[int] = []
+    drawn = 0
+    for count in range(len(ordered), 0, -1):
+        chosen = ordered[:count]
+        curves = count * sum(seeds >= set(chosen) for seeds in arms)
+        if curves > drawn:
+            best, drawn = sorted(chosen), curves
+    return best
 
 
 def _draw_curve(axes: Axes, curve: LearningCurve, **style: Any) -> Line2D:
