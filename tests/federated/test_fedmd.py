@@ -17,8 +17,8 @@ from fkd_med.communication import PUBLIC_LOGITS, AllowList, Broadcast, Int8, Led
 from fkd_med.errors import ConfigError, TrainingError
 from fkd_med.federated import FedDF, Federation, PublicDigest
 from fkd_med.federated import public_digest as room
-from fkd_med.federated.eval_mode import evaluating
 from fkd_med.modules.teacher_cache import Surroundings
+from fkd_med.networks.eval_mode import evaluating
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:

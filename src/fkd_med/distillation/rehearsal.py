@@ -6,8 +6,7 @@ A wrong tap or an unfit pair of maps is found before any teacher trains, on one 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from fkd_med.distillation.matching import match
 from fkd_med.distillation.taps import Taps, find_module
 from fkd_med.errors import ConfigError
 from fkd_med.losses import LOGITS, DistillationTerm, Pixels
+from fkd_med.networks.eval_mode import evaluating
 
 
 def rehearse(
@@ -92,7 +92,7 @@ def _look(network: nn.Module, paths: list[str], whose: str, image: Tensor) -> di
     device = next((p.device for p in network.parameters()), image.device)
     taps = Taps(network, paths, whose)
     try:
-        with as_it_is(network), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with evaluating(network), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             return {tap: maps.float().cpu() for tap, maps in taps(image.to(device)).items()}
     except ConfigError:
         raise
@@ -112,15 +112,3 @@ def _check_classes(student: Tensor, teacher: Tensor) -> None:
 
 def _name(network: nn.Module) -> str:
     return type(getattr(network, "_orig_mod", network)).__name__
-
-
-@contextmanager
-def as_it_is(network: nn.Module) -> Iterator[None]:
-    """Put a network into eval mode for a block, then each of its modules back into its own mode."""
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

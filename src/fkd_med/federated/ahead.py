@@ -19,12 +19,12 @@ from fkd_med.distillation.views import of_views
 from fkd_med.errors import ConfigError
 from fkd_med.evaluation import score_image
 from fkd_med.federated.client_data import ClientData
-from fkd_med.federated.eval_mode import evaluating, ready
 from fkd_med.federated.rules import ClientRule
 from fkd_med.modules import DistillationModule, MutualDistillationModule, predict_classes
 from fkd_med.modules.teacher import freeze
 from fkd_med.modules.teacher_cache import Surroundings
 from fkd_med.networks import forward_padded
+from fkd_med.networks.eval_mode import evaluating, ready
 from fkd_med.ranks import of_all_ranks
 from fkd_med.seeding import global_seed, seeded
 
@@ -120,7 +120,7 @@ def validation_dice(network: nn.Module, data: ClientData, client: str, around: S
     found: dict[str, float] = {}
     with seeded(global_seed(), "validation", client), evaluating(network), around.autocast():
         for batch in data.client_val_dataloader(client):
-            logits: Tensor = forward_padded(network, ready(batch["image"], network, around))
+            logits: Tensor = forward_padded(network, ready(batch["image"], network, around.device))
             predictions = predict_classes(logits.float()).cpu().numpy()
             for name, prediction, truth in zip(batch["id"], predictions, batch["mask"].numpy(), strict=True):
                 found[name] = score_image(prediction, truth, logits.shape[1], hd95=False).dice

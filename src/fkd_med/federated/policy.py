@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from fkd_med.communication import State
 from fkd_med.errors import ConfigError
-from fkd_med.federated.eval_mode import evaluating
+from fkd_med.networks.eval_mode import evaluating
 
 BatchNormPolicy = Literal["average", "local", "recalibrate"]
 

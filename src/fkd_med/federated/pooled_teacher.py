@@ -48,8 +48,8 @@ class PooledTeacherStage(TeacherStage):
         return TeacherStage(self.module, self.epochs, str(self.store))
 
     def ensure(self, client: str | None, data: Any, **options: Any) -> Path:
-        """Return the one teacher, training it for the first client that asks; see `TeacherStage.ensure`."""
-        return self.files[POOLED] if POOLED in self.files else super().ensure(None, data, **options)
+        """Return the one teacher, training it if there is none; see `TeacherStage.ensure`."""
+        return super().ensure(None, data, **options)
 
     def load(self, client: str | None) -> nn.Module:
         """Return the one teacher; call `ensure` first."""

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from fkd_med.communication import PUBLIC_LOGITS, Broadcast, PublicLogits, State
 from fkd_med.errors import ConfigError, TrainingError
 from fkd_med.federated.client_data import public_images
-from fkd_med.federated.eval_mode import evaluating
 from fkd_med.federated.public_learning import (
     Answers,
     Positions,
@@ -26,6 +25,7 @@ from fkd_med.federated.rules import ClientRule
 from fkd_med.losses.tensors import check_temperature
 from fkd_med.modules.settings import SharedCallable
 from fkd_med.modules.teacher_cache import Surroundings
+from fkd_med.networks.eval_mode import evaluating
 from fkd_med.ranks import is_first_rank
 from fkd_med.seeding import derive_seed
 

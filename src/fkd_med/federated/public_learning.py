@@ -19,9 +19,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from fkd_med.data.datasets import collate
 from fkd_med.errors import ConfigError, TrainingError
-from fkd_med.federated.eval_mode import evaluating, ready
 from fkd_med.losses import logit_kl
 from fkd_med.modules.teacher_cache import Surroundings
+from fkd_med.networks.eval_mode import evaluating, ready
 from fkd_med.seeding import derive_seed
 
 Positions = NDArray[np.int64]
@@ -75,7 +75,7 @@ def answers(model: nn.Module, images: Any, positions: Positions, size: int, arou
     """
     for start in range(0, len(positions), size):
         with around.autocast():
-            logits = model(ready(stacked(images, positions[start : start + size]), model, around))
+            logits = model(ready(stacked(images, positions[start : start + size]), model, around.device))
         logits = logits.detach().float().cpu()
         if not bool(torch.isfinite(logits).all()):
             raise TrainingError("answers with NaN or infinity about public images")
@@ -138,7 +138,7 @@ def approach(
         show(step)
         optimizer.zero_grad()
         with torch.enable_grad(), evaluating(student), around.autocast():
-            logits = student(ready(stacked(images, batch), student, around))
+            logits = student(ready(stacked(images, batch), student, around.device))
             loss = logit_kl(logits, targets.of(batch).to(around.device), temperature)
         losses.append(float(loss.detach()))
         if not np.isfinite(losses[-1]):

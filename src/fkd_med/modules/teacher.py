@@ -22,7 +22,7 @@ class TeacherSource(ABC):
     """Whether clients learn from one another's teachers, which for that travel once (`share`)."""
 
     one_for_all: bool = False
-    """Whether all clients have the same teacher, which is made sure of once."""
+    """Whether all clients have the same teacher: one client's `ensure` is enough."""
 
     @abstractmethod
     def ensure(self, client: str | None, data: Any, **options: Any) -> Path:

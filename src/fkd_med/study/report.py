@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from fkd_med.study.tables import Tables
 
 _COLUMNS = ("data", "teacher", "arm", "model", "seed", "hospital", "images", "dice", "iou", "hd95", "bytes", "seconds")
 _TEACHERS = "hospitals' teachers"
+_Curves = tuple[list[int], dict[str, LearningCurve]]  # the seeds, and by arm the mean over them
 
 
 def write_report(tables: Tables, output: Path, head: Sequence[str] = ()) -> list[Path]:
@@ -70,9 +71,10 @@ def _plots(tables: Tables, output: Path, suffix: str) -> list[Path]:
     if any(any(outcome.bytes.values()) for outcome in tables.outcomes.values()):
         plots.append(output / f"dice_over_bytes{suffix}.png")
         _draw_bytes(tables, plots[-1])
-    if any(_mean_curves(tables, cell)[1] for cell in tables.cells()):
+    curves = {cell: found for cell in tables.cells() if (found := _mean_curves(tables, cell))[1]}
+    if curves:
         plots.append(output / f"learning_curves{suffix}.png")
-        _draw_curves(tables, plots[-1])
+        _draw_curves(tables, curves, plots[-1])
     return plots
 
 
@@ -118,13 +120,11 @@ def _draw_bytes(tables: Tables, path: Path) -> None:
     save_figure(figure, path)
 
 
-def _draw_curves(tables: Tables, path: Path) -> None:
+def _draw_curves(tables: Tables, found: Mapping[tuple[str, str], _Curves], path: Path) -> None:
     """Draw validation Dice over the training of each arm, a panel per cell; in black, their hospitals' teachers."""
-    cells = [cell for cell in tables.cells() if _mean_curves(tables, cell)[1]]
-    figure, panels = new_panels(len(cells), 9, 1.3 + 3.2 * -(-len(cells) // 2))
+    figure, panels = new_panels(len(found), 9, 1.3 + 3.2 * -(-len(found) // 2))
     shown: dict[str, Line2D] = {}
-    for cell, axes in zip(cells, panels, strict=True):
-        seeds, curves = _mean_curves(tables, cell)
+    for (cell, (seeds, curves)), axes in zip(found.items(), panels, strict=True):
         for number, (arm, design) in enumerate(tables.study.arms.items()):
             if arm in curves:
                 shown[design.label] = _draw_curve(axes, curves[arm], **line_style(number))
@@ -143,7 +143,7 @@ def _draw_curves(tables: Tables, path: Path) -> None:
     save_figure(figure, path)
 
 
-def _mean_curves(tables: Tables, cell: tuple[str, str]) -> tuple[list[int], dict[str, LearningCurve]]:
+def _mean_curves(tables: Tables, cell: tuple[str, str]) -> _Curves:
     """Return seeds that many arms have, and over these the mean curve of each arm of a cell that has them all.
 
     Arms with a teacher of the cell decide on the seeds, if there are any. Arms share teachers: what one arm trained

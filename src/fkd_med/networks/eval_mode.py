@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
-
-from fkd_med.modules.teacher_cache import Surroundings
 
 
 @contextmanager
@@ -22,7 +21,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def ready(image: Tensor, model: nn.Module, around: Surroundings) -> Tensor:
+def ready(image: Tensor, model: nn.Module, device: torch.device) -> Tensor:
     """Return images (N, C, H, W) on the device, in the type of the model's weights."""
     dtype = next((p.dtype for p in model.parameters()), image.dtype)
-    return image.to(around.device, dtype)
+    return image.to(device, dtype)
