@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import (
     TQDMProgressBar,
 )
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from lightning.pytorch.utilities import rank_zero_info
 
 from fkd_med.errors import ConfigError, TrainingError
 from fkd_med.evaluation import ImageTable
@@ -306,16 +307,17 @@ def plain(folder, **flags) -> FederatedTrainer:
 
 def test_epochs_are_told_as_rounds_are(fed, tmp_path, capsys, caplog) -> None:
     """A line for each, with every hospital and the time left, and why training ended early; nothing of Lightning's."""
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="lightning.pytorch.utilities.rank_zero")
+    notice = L.pytorch.callbacks.LambdaCallback(on_train_start=lambda *_: rank_zero_info("a notice of Lightning's"))
     early = EarlyStopping("val/dice", mode="max", patience=1, min_delta=2.0)
-    plain(tmp_path, max_epochs=9, callbacks=[early]).fit(fed.student(), datamodule=fed.Hospitals())
+    plain(tmp_path, max_epochs=9, callbacks=[early, notice]).fit(fed.student(), datamodule=fed.Hospitals())
     first, second, third = capsys.readouterr().out.splitlines()
     number = r"0\.\d{3}"
     dice = rf"Dice {number} \(a {number}, b {number}, c {number}\)"
     assert re.fullmatch(rf"epoch 1/9 · loss \d\.\d{{3}} · {dice} · \d+:\d\d left", first)
     assert second.startswith("epoch 2/9 · ")
     assert third == "stopped after epoch 2: a callback or max_time asked for it"
-    assert not caplog.records
+    assert not [record for record in caplog.records if "notice" in record.message]
 
 
 def test_steps_may_decide_and_scores_are_told_of_their_own_epoch_only(fed, tmp_path, capsys) -> None:
@@ -323,7 +325,7 @@ def test_steps_may_decide_and_scores_are_told_of_their_own_epoch_only(fed, tmp_p
     trainer.fit(fed.student(), datamodule=fed.Hospitals())
     lines = capsys.readouterr().out.splitlines()
     assert trainer.num_training_batches == 2
-    assert ["Dice" in line for line in lines[:2]] == [False, True]
+    assert ["Dice" in line for line in lines[:3]] == [False, True, False]
     assert [line.split(" · ")[0] for line in lines] == [
         "epoch 1",
         "epoch 2",
