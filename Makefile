@@ -62,7 +62,7 @@ clean:  ## Remove caches and build output; .venv, runs, teachers and data stay
 # The environment. The stamp is younger than what it was installed from, so that a second `make` starts at once.
 # uv takes less time than pip; where there is none, pip fetches it. What uv cannot do (a mirror that only pip knows, a
 # proxy), pip does. A uv of our own unpacks in .venv itself, so that no other disk fills up; yours has its cache.
-PROJECT := -c constraints.txt -e '.[dev,notebooks]'
+PROJECT := -c constraints.txt -e '.[dev,notebooks,pretrained]'
 UV_CACHE := $(if $(filter $(BIN)/uv,$(UV)),--cache-dir $(VENV)/.uv)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 

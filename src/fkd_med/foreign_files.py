@@ -1,6 +1,6 @@
-"""What a file of weights from elsewhere must not do: grow in memory, or hold numbers that are none.
+"""Files of weights from elsewhere, read as tensors: no code in them is run (``weights_only=True``, safetensors).
 
-Reading runs no code in it (``weights_only=True``, safetensors); these are the dangers that are left.
+Dangers that are left are refused: a file that grows in memory, and numbers that are none.
 """
 
 from __future__ import annotations
@@ -9,11 +9,51 @@ import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
 import torch
+from safetensors.torch import load
+from torch import Tensor
 
 from fkd_med.errors import RunError
+from fkd_med.files import open_regular
+
+
+def read_tensors(path: Path, what: str, setting: str) -> Mapping[str, Tensor]:
+    """Read named tensors from a safetensors or torch file, or a Lightning checkpoint, and run nothing in it.
+
+    Args:
+        path: the file.
+        what: how errors call its content, as "The teacher of a".
+        setting: the key to correct where there is no such file.
+
+    Raises:
+        RunError: it is missing, damaged, or holds other things.
+    """
+    try:
+        with open_regular(path) as file:
+            if path.suffix == ".safetensors":
+                stored: Mapping[str, Any] = load(file.read())
+            else:
+                if zipfile.is_zipfile(file):
+                    refuse_inflated(file, path)
+                file.seek(0)
+                stored = torch.load(file, map_location="cpu", weights_only=True)
+        tensors: Mapping[str, Any] = stored.get("state_dict", stored)
+        if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()):
+            raise ValueError("it holds other things than named tensors")
+        return tensors
+    except FileNotFoundError as error:
+        raise RunError(f"{what}, {path}, does not exist: correct {setting}.") from error
+    except Exception as error:  # a damaged or foreign file gives errors of many kinds
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, UnpicklingError):  # torch would advise to load it all the same
+            first = "it holds Python objects, which could run any code; nothing was executed"
+        raise RunError(
+            f"{what} in {path} cannot be read as tensors ({first}): give a "
+            "Lightning checkpoint, a state dict or a safetensors file."
+        ) from error
 
 
 def refuse_inflated(file: BinaryIO, path: Path, advice: str = "Give another file.") -> None:

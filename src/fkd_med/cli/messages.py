@@ -92,7 +92,8 @@ def user_error(error: BaseException) -> FkdError | None:
             return ConfigError(
                 "Pretrained weights were asked for and cannot be downloaded: there is no network, or no cached copy. "
                 "Set encoder_weights: null (segmentation-models-pytorch) or pretrained: false (timm, TransUNet) to "
-                f"train from scratch, or download them once where there is a network. ({seen})"
+                "train from scratch, download them once where there is a network, or give a file of weights to "
+                f"fkd_med.networks.PretrainedUNet. ({seen})"
             )
         if type(seen).__name__ == "MisconfigurationException":
             return ConfigError(str(seen))

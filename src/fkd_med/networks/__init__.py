@@ -4,6 +4,7 @@ from fkd_med.networks.axial import AxialUNet
 from fkd_med.networks.context import ContextUNet
 from fkd_med.networks.large_kernel import LargeKernelUNet
 from fkd_med.networks.padding import forward_padded, padded_size, size_divisor
+from fkd_med.networks.pretrained import PretrainedUNet
 from fkd_med.networks.resunet import ResUNet
 from fkd_med.networks.spec import ALLOWED_PACKAGES, count_parameters, network_from_spec
 from fkd_med.networks.student import PARAMETER_BOUND, SlimUNet
@@ -15,6 +16,7 @@ __all__ = [
     "AxialUNet",
     "ContextUNet",
     "LargeKernelUNet",
+    "PretrainedUNet",
     "ResUNet",
     "SlimUNet",
     "TransUNet",
