@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -20,6 +21,7 @@ from fkd_med.errors import ConfigError, RunError, TrainingError
 from fkd_med.federated import Federation, TeacherStage
 from fkd_med.federated.teacher_key import teacher_key
 from fkd_med.modules import SegmentationModule, WarmupCosine
+from fkd_med.networks import PretrainedUNet
 
 FLAGS = {"accelerator": "cpu", "devices": 1}
 
@@ -231,10 +233,12 @@ def test_key_is_the_same_for_the_same_teacher(fed, tmp_path, monkeypatch) -> Non
 def test_key_is_stable_across_processes(fed, tmp_path) -> None:
     program = """
 from types import SimpleNamespace
+import timm
 import torch
 from fkd_med.federated import TeacherStage
 from fkd_med.federated.teacher_key import teacher_key
 from fkd_med.modules import SegmentationModule, WarmupCosine
+from fkd_med.networks import PretrainedUNet
 from fkd_med.networks import SlimUNet
 from fkd_med.data.augmentation import default_augmentation
 stage = TeacherStage(SegmentationModule(SlimUNet(), scheduler=WarmupCosine), store="x")
@@ -297,6 +301,26 @@ def test_key_changes_with_all_that_decides_a_teacher(fed, tmp_path, monkeypatch)
     monkeypatch.setenv("PL_GLOBAL_SEED", "8")
     found["seed"] = keys(fed, tmp_path)
     assert len(set(found.values())) == len(found), sorted(found.items(), key=lambda item: item[1])
+
+
+def test_key_holds_the_weights_in_a_file_and_not_where_it_lies(fed, tmp_path) -> None:
+    def key(path: Path, zoom: int = 1) -> str:
+        arguments = {"encoder": "resnet10t", "weights": str(path), "zoom": zoom}
+        module = SegmentationModule(PretrainedUNet(**arguments), optimizer=fed.adam)
+        network = {"class_path": "fkd_med.networks.PretrainedUNet", "init_args": arguments}
+        module.hparams["teacher"] = {"init_args": {"module": {"init_args": {"network": network}}}}
+        return keys(fed, tmp_path, module=module)
+
+    state = timm.create_model("resnet10t", pretrained=False).state_dict()
+    here, there, other = (tmp_path / name for name in ("here.pth", "there.pth", "other.pth"))
+    torch.save(state, here)
+    there.write_bytes(here.read_bytes())
+    torch.save({name: tensor + 1 for name, tensor in state.items()}, other)
+    found = key(here)
+    assert key(there) == found
+    assert len({found, key(other), key(here, zoom=2)}) == 3
+    here.write_bytes(other.read_bytes())
+    assert key(here) == key(other)
 
 
 def test_same_teacher_again_bit_for_bit(fed, tmp_path) -> None:

@@ -6,10 +6,11 @@ tensors; never devices or paths.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def describe(module: SegmentationModule) -> dict[str, Any]:
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = module.optimizer([parameter])
     described: dict[str, Any] = {
-        "configuration": _configuration(module),
+        "configuration": _without_files(_configuration(module), getattr(module.network, "files", ())),
         "network": str(module.network),
         "tensors": {k: [str(v.dtype), *v.shape] for k, v in module.network.state_dict().items()},
         "loss": [[type(part).__name__, _plain_attributes(part)] for part in module.loss.modules()],
@@ -82,6 +83,17 @@ def _configuration(module: SegmentationModule) -> Any:
             return arguments["module"]
         outer = arguments.get("teachers")  # an ensemble's
     return None
+
+
+def _without_files(configuration: Any, files: Sequence[str]) -> Any:
+    """Leave out a network's arguments that name files: where a file lies says nothing, its text tells what is in it."""
+    if not files or not isinstance(configuration, Mapping):
+        return configuration
+    left = copy.deepcopy(dict(configuration))
+    arguments = left.get("init_args", {}).get("network", {}).get("init_args", {})
+    for name in files:
+        arguments.pop(name, None)
+    return left
 
 
 def _plain_attributes(thing: Any) -> dict[str, str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import segmentation_models_pytorch as smp
 import timm
@@ -49,6 +50,7 @@ class PretrainedUNet(nn.Module):
 
     scale: Tensor
     shift: Tensor
+    files: ClassVar[tuple[str, ...]] = ("weights",)  # arguments that name files; `extra_repr` tells what is in them
 
     def __init__(
         self,
@@ -66,8 +68,7 @@ class PretrainedUNet(nn.Module):
             raise ConfigError(f"PretrainedUNet: zoom must be 1 or above, not {zoom}.")
         self.zoom, self.keeps_statistics = zoom, weights is not None
         self.unet = _unet(encoder, classes, decoder_channels)
-        if weights is not None:
-            _load(self.unet.encoder.model, encoder, weights)
+        self._origin = "none" if weights is None else _load(self.unet.encoder.model, encoder, _file(weights))
         self.size_divisor = self.unet.encoder.output_stride // math.gcd(self.unet.encoder.output_stride, zoom)
         scale, shift = _renormalisation(in_channels, self.unet.encoder.model.pretrained_cfg)
         self.register_buffer("scale", scale, persistent=False)
@@ -81,6 +82,10 @@ class PretrainedUNet(nn.Module):
                 if isinstance(part, nn.modules.batchnorm._BatchNorm):
                     part.eval()
         return self
+
+    def extra_repr(self) -> str:
+        """Tell what the parts do not show, for the keys of teachers: a digest of the weights, not their path."""
+        return f"zoom={self.zoom}, weights={self._origin}"
 
     def forward(self, x: Tensor) -> Tensor:
         """Return raw logits (N, classes, H, W) for images (N, in_channels, H, W)."""
@@ -118,13 +123,12 @@ def _renormalisation(in_channels: int, wanted: Mapping[str, Any]) -> tuple[Tenso
     return std / own_std, (mean - own_mean) / own_std
 
 
-def _load(model: nn.Module, encoder: str, weights: str) -> None:
+def _load(model: nn.Module, encoder: str, path: Path) -> str:
     """Copy weights into an encoder without its classifier, by timm's names or, where these differ, in their order.
 
     The order is that of the layers. It is taken only where all tensors of the whole network, classifier included, are
-    there, each of its shape.
+    there, each of its shape. Returns the SHA-256 of the file.
     """
-    path = _file(weights)
     what = f"PretrainedUNet: the weights of {encoder}"
     stored = {_plain(name): tensor for name, tensor in read_tensors(path, what, "weights").items()}
     refuse_non_finite(stored, f"{what} in {path}")
@@ -141,6 +145,8 @@ def _load(model: nn.Module, encoder: str, weights: str) -> None:
             "here. Name their encoder, or give a state dict of timm's network of this name."
         )
     model.load_state_dict({name: stored[_plain(name)] for name in model.state_dict()})
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _plain(name: str) -> str:
