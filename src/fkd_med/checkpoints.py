@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from fkd_med.errors import ConfigError, RunError
+from fkd_med.errors import ConfigError, RunError, first_line
 from fkd_med.files import atomic_writer, open_regular
 from fkd_med.foreign_files import refuse_inflated
 
@@ -233,7 +233,7 @@ def _load(file: BinaryIO, path: Path, map_location: Any) -> Any:
 def _culprit(checkpoint: Any, error: Exception) -> str:
     """The first key that holds something else than plain containers and tensors, or else the error itself."""
     found = _find_foreign(checkpoint, "")
-    return found or (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return found or first_line(error)[:200]
 
 
 def _find_foreign(value: Any, key: str) -> str:

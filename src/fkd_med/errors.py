@@ -28,3 +28,8 @@ class TrainingError(FkdError):
     """Training that cannot go on: a diverged loss, a failed client, a lost quorum."""
 
     exit_code = 3
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

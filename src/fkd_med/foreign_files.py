@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from fkd_med.errors import RunError
+from fkd_med.errors import RunError, first_line
 from fkd_med.files import open_regular
 
 
@@ -47,7 +47,7 @@ def read_tensors(path: Path, what: str, setting: str) -> Mapping[str, Tensor]:
     except FileNotFoundError as error:
         raise RunError(f"{what}, {path}, does not exist: correct {setting}.") from error
     except Exception as error:  # a damaged or foreign file gives errors of many kinds
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         if isinstance(error, UnpicklingError):  # torch would advise to load it all the same
             first = "it holds Python objects, which could run any code; nothing was executed"
         raise RunError(

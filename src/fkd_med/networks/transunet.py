@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from fkd_med.errors import ConfigError
+from fkd_med.errors import ConfigError, first_line
 
 _REDUCTION = 16  # of the trunk: one token per 16x16 pixels
 _DECODER = (512, 256, 128, 64, 16)
@@ -136,7 +136,7 @@ def _build_trunk(name: str, img_size: int, pretrained: bool, extra: dict[str, An
             name, pretrained=False, **{**shape, "class_token": False, "global_pool": "avg", "fc_norm": False}
         )
     except Exception as error:  # timm asserts, and raises KeyError, RuntimeError and TypeError for a wrong argument
-        raise ConfigError(f"TransUNet: timm cannot build the trunk '{name}': {_first_line(error)}") from error
+        raise ConfigError(f"TransUNet: timm cannot build the trunk '{name}': {first_line(error)}") from error
     if pretrained:
         _load_pretrained(trunk, name, shape)
     return trunk
@@ -148,7 +148,7 @@ def _load_pretrained(trunk: nn.Module, name: str, shape: dict[str, Any]) -> None
         donor = timm.create_model(name, pretrained=True, **shape)  # interpolates its position embedding to img_size
     except Exception as error:  # the hub, its cache and the file system each raise their own kinds
         raise ConfigError(
-            f"TransUNet: the pretrained weights of '{name}' cannot be had ({_first_line(error)}). Set "
+            f"TransUNet: the pretrained weights of '{name}' cannot be had ({first_line(error)}). Set "
             "pretrained: false, or run once with internet access so that timm keeps them in its cache."
         ) from error
     weights = donor.state_dict()
@@ -167,7 +167,3 @@ def _skip_channels(trunk: Any, name: str) -> tuple[int, ...]:
             "1/4 and 1/8 are the skips. Use a vit_base_r50_s16_* of timm and shape it with trunk_args."
         )
     return tuple(level["num_chs"] for level in backbone.feature_info[2::-1])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
