@@ -97,7 +97,7 @@ def _draw_differences(tables: Tables, path: Path) -> None:
     axes.axvline(0, color="0.5", linewidth=1)
     axes.set_yticks([line[0] for line in lines], [line[1] for line in lines])
     axes.set_ylim(lines[-1][0] - 0.6, 0.6)
-    axes.set_xlabel("Dice points, image by image; 95 % over seeds and images")
+    axes.set_xlabel("Dice points, 95 %")
     save_figure(figure, path)
 
 
