@@ -72,7 +72,7 @@ def test_foreign_names_are_taken_in_order_where_every_shape_fits(donor: nn.Modul
     assert torch.equal(features(PretrainedUNet(encoder=SMALL, weights=str(tmp_path / "w.pth")), x), wanted)
     renamed.popitem()  # without one, the order says nothing
     torch.save(renamed, tmp_path / "w.pth")
-    with pytest.raises(ConfigError, match=r"are of another network: .* is missing there"):
+    with pytest.raises(ConfigError, match=r"is of another network: .* is missing there"):
         PretrainedUNet(encoder=SMALL, weights=str(tmp_path / "w.pth"))
 
 
@@ -159,9 +159,9 @@ def test_what_cannot_be_built_is_refused(arguments: dict[str, object], said: str
 
 
 def test_weights_that_do_not_fit_are_refused(weights: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"the weights of resnet18 in .*encoder.pth are of another network: .* is "):
+    with pytest.raises(ConfigError, match=r"the pretrained resnet18 in .*encoder.pth is of another network: .* is "):
         PretrainedUNet(encoder="resnet18", weights=str(weights))
-    with pytest.raises(RunError, match=r"gone.pth, does not exist: correct weights"):
+    with pytest.raises(RunError, match=r"gone.pth, does not exist: correct the network's weights"):
         PretrainedUNet(encoder=SMALL, weights=str(tmp_path / "gone.pth"))
     (tmp_path / "text.pth").write_text("no tensors")
     with pytest.raises(RunError, match=r"text.pth cannot be read as tensors"):

@@ -129,8 +129,8 @@ def _load(model: nn.Module, encoder: str, path: Path) -> str:
     The order is that of the layers. It is taken only where all tensors of the whole network, classifier included, are
     there, each of its shape. Returns the SHA-256 of the file.
     """
-    what = f"PretrainedUNet: the weights of {encoder}"
-    stored = {_plain(name): tensor for name, tensor in read_tensors(path, what, "weights").items()}
+    what = f"PretrainedUNet: the pretrained {encoder}"
+    stored = {_plain(name): tensor for name, tensor in read_tensors(path, what, "the network's weights").items()}
     refuse_non_finite(stored, f"{what} in {path}")
     wanted = {_plain(name): tensor for name, tensor in model.state_dict().items()}
     if not wanted.keys() <= stored.keys():
@@ -141,7 +141,7 @@ def _load(model: nn.Module, encoder: str, path: Path) -> str:
     if wrong:
         there = tuple(stored[wrong[0]].shape) if wrong[0] in stored else "missing"
         raise ConfigError(
-            f"{what} in {path} are of another network: {wrong[0]} is {there} there and {tuple(wanted[wrong[0]].shape)} "
+            f"{what} in {path} is of another network: {wrong[0]} is {there} there and {tuple(wanted[wrong[0]].shape)} "
             "here. Name their encoder, or give a state dict of timm's network of this name."
         )
     model.load_state_dict({name: stored[_plain(name)] for name in model.state_dict()})
