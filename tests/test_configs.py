@@ -27,8 +27,6 @@ from fkd_med.networks import PARAMETER_BOUND, count_parameters, forward_padded
 from fkd_med.study import Selection, jobs_of
 from slowly import slow_but, slow_where
 
-pytestmark = pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
-
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 
 

@@ -233,12 +233,10 @@ def test_key_is_the_same_for_the_same_teacher(fed, tmp_path, monkeypatch) -> Non
 def test_key_is_stable_across_processes(fed, tmp_path) -> None:
     program = """
 from types import SimpleNamespace
-import timm
 import torch
 from fkd_med.federated import TeacherStage
 from fkd_med.federated.teacher_key import teacher_key
 from fkd_med.modules import SegmentationModule, WarmupCosine
-from fkd_med.networks import PretrainedUNet
 from fkd_med.networks import SlimUNet
 from fkd_med.data.augmentation import default_augmentation
 stage = TeacherStage(SegmentationModule(SlimUNet(), scheduler=WarmupCosine), store="x")

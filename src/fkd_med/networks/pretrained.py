@@ -97,6 +97,8 @@ class PretrainedUNet(nn.Module):
 
 
 def _unet(encoder: str, classes: int, decoder_channels: tuple[int, ...]) -> Any:
+    if ":" in encoder:  # timm would look it up on its hub
+        raise ConfigError(f"PretrainedUNet downloads nothing: give the encoder's plain name, not {encoder!r}.")
     try:
         return smp.Unet(
             f"tu-{encoder}",
@@ -126,8 +128,8 @@ def _renormalisation(in_channels: int, wanted: Mapping[str, Any]) -> tuple[Tenso
 def _load(model: nn.Module, encoder: str, path: Path) -> str:
     """Copy weights into an encoder without its classifier, by timm's names or, where these differ, in their order.
 
-    The order is that of the layers. It is taken only where all tensors of the whole network, classifier included, are
-    there, each of its shape. Returns the SHA-256 of the file.
+    The order is that of the layers, which safetensors files do not keep. It is taken only where all tensors of the
+    whole network, classifier included, are there, each of its shape. Returns the SHA-256 of the file.
     """
     what = f"PretrainedUNet: the pretrained {encoder}"
     stored = {_plain(name): tensor for name, tensor in read_tensors(path, what, "the network's weights").items()}
@@ -135,7 +137,7 @@ def _load(model: nn.Module, encoder: str, path: Path) -> str:
     wanted = {_plain(name): tensor for name, tensor in model.state_dict().items()}
     if not wanted.keys() <= stored.keys():
         whole = timm.create_model(encoder, pretrained=False).state_dict()
-        if len(whole) == len(stored):
+        if path.suffix != ".safetensors" and _shapes(whole) == _shapes(stored):
             stored = dict(zip(map(_plain, whole), stored.values(), strict=True))
     wrong = [name for name, tensor in wanted.items() if name not in stored or stored[name].shape != tensor.shape]
     if wrong:
@@ -144,9 +146,14 @@ def _load(model: nn.Module, encoder: str, path: Path) -> str:
             f"{what} in {path} is of another network: {wrong[0]} is {there} there and {tuple(wanted[wrong[0]].shape)} "
             "here. Name their encoder, or give a state dict of timm's network of this name."
         )
-    model.load_state_dict({name: stored[_plain(name)] for name in model.state_dict()})
+    if not next(model.parameters()).is_meta:
+        model.load_state_dict({name: stored[_plain(name)] for name in model.state_dict()})
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _shapes(state: Mapping[str, Tensor]) -> list[torch.Size]:
+    return [tensor.shape for tensor in state.values()]
 
 
 def _plain(name: str) -> str:
