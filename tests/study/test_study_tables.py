@@ -73,7 +73,7 @@ def test_missing_runs_are_named_and_the_rest_is_made(tables: Tables, tmp_path: P
         "differences.png",
     ]  # no bytes, no plot of them
     text = files[0].read_text()
-    assert "10 of 14 runs are missing" in text and "y large taught seed 1" in text and "+4.00" in text
+    assert "10 of 14 runs are missing" in text and "y large taught seeds 0 1" in text and "+4.00" in text
     with files[1].open() as file:
         lines = list(csv.DictReader(file))
     assert {line["model"] for line in lines} == {"student", "teacher"} and len(lines) == 3 * 2 * 3

@@ -120,7 +120,7 @@ def _write(tables: Tables, jobs: list[Job], output: Path, console: Console, argu
         console.print(sheet)
         console.print()
     if tables.missing:
-        console.print(f"Missing: {', '.join(tables.missing)}.", markup=False, soft_wrap=True)
+        console.print(f"Missing: {tables.missing_by_arm()}.", markup=False, soft_wrap=True)
     head = [f"Made by `fkd reproduce {shlex.join(arguments)}`.\n"]
     changed = [f"{job.name} ({', '.join(keys)})" for job in jobs if job.finished and (keys := job.changes())]
     if changed:

@@ -39,7 +39,7 @@ def write_report(tables: Tables, output: Path, head: Sequence[str] = ()) -> list
     missing = tables.missing
     parts = ["# Results\n", *head]
     if missing:
-        parts.append(f"**{len(missing)} of {len(tables.jobs)} runs are missing**: {', '.join(missing)}.\n")
+        parts.append(f"**{len(missing)} of {len(tables.jobs)} runs are missing**: {tables.missing_by_arm()}.\n")
     parts += [sheet.to_markdown() for sheet in tables.sheets()]
     parts += [f"![{plot.stem.replace('_', ' ')}]({plot.name})\n" for plot in plots]
     text, rows = output / f"RESULTS{suffix}.md", output / f"results{suffix}.csv"

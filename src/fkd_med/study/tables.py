@@ -46,6 +46,14 @@ class Tables:
         """The runs that are not finished."""
         return [job.name for job in self.jobs if not job.finished]
 
+    def missing_by_arm(self) -> str:
+        """Name the runs that are not finished for people, the seeds of an arm together."""
+        seeds: dict[str, list[str]] = {}
+        for name in self.missing:
+            arm, _, seed = name.rpartition(" seed ")
+            seeds.setdefault(arm, []).append(seed)
+        return ", ".join(f"{arm} seed{'s' * (len(own) > 1)} {' '.join(own)}" for arm, own in seeds.items())
+
     def sheets(self) -> list[Sheet]:
         """Return all tables that have a row."""
         sheets = [self.arms(), self.differences(), self.teachers(), *map(self.hospitals, self.study.differences)]
