@@ -96,6 +96,31 @@ def test_a_teacher_ahead_teaches_as_without_the_rule_and_one_behind_not_at_all(f
     assert bad.teaches and good.teaches, "for one round only"
 
 
+@pytest.mark.parametrize("teacher_first", [True, False])
+def test_the_memory_can_speak_in_the_place_of_a_silent_teacher_only(fed, tmp_path, teacher_first) -> None:
+    """The order of the rules does not matter: who leads is known before the first step."""
+    good, bad = (fed.distilled(None, source=Given(Threshold(bound))) for bound in (GOOD, BAD))
+    state = fed.weights(good)
+
+    def trained(name, module, *rules):
+        return fit(fed, tmp_path / name, module, *(rules if teacher_first else rules[::-1]), state=state)
+
+    led = trained("1", good, TeachWhileAhead(), GlobalDistillation(beside_teacher=False))
+    assert fed.same(led.state, trained("2", good, TeachWhileAhead()).state), "the teacher speaks: the memory is silent"
+    assert "train/global_kd" not in led.metrics and led.metrics["train/kd"] > 0
+    left = trained("3", bad, TeachWhileAhead(), GlobalDistillation(beside_teacher=False))
+    assert fed.same(left.state, trained("4", bad, TeachWhileAhead(), GlobalDistillation()).state), "and the other way"
+    assert left.metrics["train/global_kd"] > 0 and "train/kd" not in left.metrics
+    both = trained("5", good, TeachWhileAhead(), GlobalDistillation())
+    assert both.metrics["train/global_kd"] > 0 and both.metrics["train/kd"] > 0 and not fed.same(both.state, led.state)
+
+
+def test_the_memory_speaks_where_there_is_no_teacher_at_all(fed, tmp_path) -> None:
+    module = fed.student()
+    alone = fit(fed, tmp_path / "1", module, GlobalDistillation(beside_teacher=False))
+    assert fed.same(alone.state, fit(fed, tmp_path / "2", module, GlobalDistillation()).state)
+
+
 def test_the_lead_is_the_difference_of_mean_dice_on_the_client_s_validation_images(fed, tmp_path) -> None:
     module = fed.distilled(None, source=Given(Threshold(GOOD)))
     update = fit(fed, tmp_path, module, TeachWhileAhead())

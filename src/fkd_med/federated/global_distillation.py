@@ -15,7 +15,7 @@ from fkd_med.distillation.views import NUMBERS, Views, of_views
 from fkd_med.errors import ConfigError
 from fkd_med.federated.rules import ClientRule
 from fkd_med.losses import LogitKL, WeightSchedule
-from fkd_med.modules import SegmentationModule
+from fkd_med.modules import DistillationModule, SegmentationModule
 from fkd_med.modules.labels import pixels_of
 from fkd_med.modules.schedule import progress_of
 from fkd_med.modules.teacher import freeze
@@ -41,6 +41,8 @@ class GlobalDistillation(ClientRule):
         views: over how many views of an image the teacher's probabilities are averaged: 1, 2 (and its mirror), 4
             (flips) or 8 (and quarter turns).
         schedule: changes the weight over the run; constant when left out.
+        beside_teacher: false: silent while a teacher of the client's own says something, as a second voice that knows
+            less than the first holds the student back.
 
     Raises:
         ConfigError: for a negative weight, a temperature not above 0, a memory out of range or another number of views.
@@ -53,6 +55,7 @@ class GlobalDistillation(ClientRule):
         memory: float = 0.0,
         views: Views = 1,
         schedule: WeightSchedule | None = None,
+        beside_teacher: bool = True,
     ) -> None:
         if not 0 <= weight < float("inf"):
             raise ConfigError(f"GlobalDistillation: weight must be 0 or above and finite, not {weight}.")
@@ -61,7 +64,7 @@ class GlobalDistillation(ClientRule):
         if views not in NUMBERS:
             raise ConfigError(f"GlobalDistillation: views must be {', '.join(map(str, NUMBERS))}, not {views}.")
         self.term = LogitKL(temperature, weight, schedule=schedule)
-        self.memory, self.views = memory, views
+        self.memory, self.views, self.beside_teacher = memory, views, beside_teacher
         self._mean: State = {}  # of the tensors that travel; empty without memory: then the student itself teaches
         self._logits: list[Tensor] = []  # of the student and of its teacher, in the step of the moment
 
@@ -88,12 +91,16 @@ class GlobalDistillation(ClientRule):
         before = freeze(of_views(self._teacher(pl_module), self.views))
 
         def note(network: nn.Module, arguments: tuple[Tensor, ...], logits: Tensor) -> None:
-            if network.training:
+            if network.training and not self._silent(pl_module):
                 with torch.no_grad():
                     self._logits = [logits, before(*arguments)]
 
         self._hook = pl_module.network.register_forward_hook(note)
-        vars(pl_module)["loss_terms"] = self._added(pl_module.loss_terms, weight)  # for this copy of the module only
+        vars(pl_module)["loss_terms"] = self._added(pl_module, weight)  # for this copy of the module only
+
+    def _silent(self, module: SegmentationModule) -> bool:
+        """Tell whether a teacher of the client's own speaks for us; rules decide on that before the first step."""
+        return not self.beside_teacher and isinstance(module, DistillationModule) and bool(module.weights)
 
     def _weight(self, trainer: L.Trainer | None, module: L.LightningModule) -> float:
         """Return the weight in this round."""
@@ -108,11 +115,14 @@ class GlobalDistillation(ClientRule):
         teacher.load_state_dict({name: mean.get(name, tensor) for name, tensor in teacher.state_dict().items()})
         return teacher
 
-    def _added(self, terms_of: Terms, weight: float) -> Terms:
+    def _added(self, module: SegmentationModule, weight: float) -> Terms:
         """Return a module's `loss_terms` with ours beside it."""
+        terms_of = module.loss_terms
 
         def loss_terms(batch: dict[str, Any]) -> dict[str, Tensor]:
             terms = terms_of(batch)
+            if self._silent(module):
+                return terms
             own, before = self._logits
             pixels = pixels_of(batch, own).at((own.shape[-2], own.shape[-1]))
             self._logits = []
