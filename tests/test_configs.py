@@ -176,8 +176,10 @@ def test_overlay_applies(overlay: str) -> None:
 def test_the_recipes_have_the_memory_of_its_own_file() -> None:
     one, other = (content(CONFIGS / "algorithms" / f"{name}.yaml") for name in ("handover", "mean_teacher"))
     assert one["federation"] == other["federation"]
-    last = content(CONFIGS / "algorithms" / "while_ahead.yaml")["federation"]["client_rules"][-1:]
-    assert last == other["federation"]["client_rules"]
+    rules = content(CONFIGS / "algorithms" / "while_ahead.yaml")["federation"]["client_rules"]
+    assert rules[1:] == other["federation"]["client_rules"]
+    first, memory = content(CONFIGS / "algorithms" / "leading.yaml")["federation"]["client_rules"]
+    assert first == rules[0] and memory == rules[1] | {"init_args": rules[1]["init_args"] | {"beside_teacher": False}}
 
 
 @pytest.mark.parametrize("preset", ["cpu", "paper"])
@@ -189,6 +191,8 @@ def test_the_study_has_the_memories_of_their_files_but_for_the_views(preset: str
     first, of_file = content(CONFIGS / "algorithms" / "while_ahead.yaml")["federation"]["client_rules"]
     wanted = [first, of_file | {"init_args": of_file["init_args"] | {"views": 8}}]
     assert settings["cvc_ours"]["federation"]["client_rules"] == wanted
+    silent = {"init_args": wanted[1]["init_args"] | {"beside_teacher": False}}
+    assert settings["cvc_live_leading"]["federation"]["client_rules"] == [first, wanted[1] | silent]
 
 
 @pytest.mark.parametrize("file", [file for file in STUDIES if file != "paper.yaml"])
@@ -196,7 +200,15 @@ def test_what_is_searched_for_has_the_budget_of_the_study(file: str) -> None:
     study, search = (content(CONFIGS / name)["presets"]["cpu"]["settings"] for name in ("paper.yaml", file))
     assert search["all"] == study["all"] and search["federated"] == study["federated"]
     taught = leaves(study["distilled"]) | leaves(study["resunet_taught"])
-    assert leaves(search["distilled"]) == taught
+    assert leaves(search["distilled"]) | leaves(search.get("resunet_taught", {})) == taught
+
+
+@pytest.mark.parametrize(("data", "state"), [("cvc_clinicdb", "keep"), ("chest_xray", None)])
+def test_arms_of_a_data_set_treat_their_optimizers_alike(data: str, state: str | None) -> None:
+    """Arms are compared; which way is better on which set is in docs/RESULTS.md."""
+    recipes = [content(path).get("federation") for path in sorted((CONFIGS / data).glob("*.yaml"))]
+    federated = [recipe for recipe in recipes if recipe]
+    assert len(federated) == 8 and all(recipe.get("optimizer_state") == state for recipe in federated)
 
 
 def runs_of_studies() -> Iterator[Any]:

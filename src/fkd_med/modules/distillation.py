@@ -238,7 +238,7 @@ class DistillationModule(SegmentationModule):
 
     @property
     def weights(self) -> dict[str, float]:
-        """The terms that the teacher has in the loss at this moment of the run, with their weights; none while silent."""
+        """The terms that the teacher has in the loss at this moment, with their weights; none while it is silent."""
         return weights_at(self.losses, progress_of(self.clock, self._trainer)) if self.teaches else {}
 
     def loss_terms(self, batch: dict[str, Any]) -> dict[str, Tensor]:
