@@ -19,6 +19,7 @@ from fkd_med.evaluation import score_image
 from fkd_med.federated import ClientWorker, Federation, GlobalDistillation, TeachWhileAhead
 from fkd_med.federated.ahead import validation_dice
 from fkd_med.federated.client_state import ClientStates
+from fkd_med.losses import LogitKL, Ramp
 from fkd_med.modules import DistillationModule, MutualDistillationModule, TeacherSource
 from fkd_med.modules.teacher_cache import Surroundings
 
@@ -113,6 +114,19 @@ def test_the_memory_can_speak_in_the_place_of_a_silent_teacher_only(fed, tmp_pat
     assert left.metrics["train/global_kd"] > 0 and "train/kd" not in left.metrics
     both = trained("5", good, TeachWhileAhead(), GlobalDistillation())
     assert both.metrics["train/global_kd"] > 0 and both.metrics["train/kd"] > 0 and not fed.same(both.state, led.state)
+
+
+def test_the_memory_takes_over_from_a_teacher_whose_terms_have_faded(fed, tmp_path) -> None:
+    """And its mean has gone on meanwhile: of two global students, the second round's teacher knows both."""
+    source, faded = Given(Threshold(GOOD)), Ramp(first=1.0, last=0.0, begin=0.5, end=0.5)
+    module = fed.distilled(None, source=source, losses={"kd": LogitKL(schedule=faded)})
+    rule = GlobalDistillation(memory=0.5, beside_teacher=False)
+    trainer = fed.trainer(tmp_path, Federation(rounds=2, client_rules=[rule]))
+    trainer.fit(module, datamodule=fed.Hospitals())
+    told = [row.split(",") for row in (tmp_path / "metrics.csv").read_text().splitlines()]
+    assert {name: step for step, name, _ in told if name in ("a/train/kd", "a/train/global_kd")} == {
+        "a/train/kd": "1", "a/train/global_kd": "2",
+    }  # fmt: skip
 
 
 def test_the_memory_speaks_where_there_is_no_teacher_at_all(fed, tmp_path) -> None:

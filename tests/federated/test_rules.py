@@ -245,3 +245,11 @@ def test_optimizers_a_rule_does_not_know_are_refused(fed, tmp_path, rule, optimi
 def test_mu_below_zero_is_refused() -> None:
     with pytest.raises(ConfigError, match="mu must be 0 or above"):
         FedProx(-1.0)
+
+
+def test_moments_of_earlier_rounds_are_refused_where_a_rule_counts_those_of_one() -> None:
+    """Before any work: found in the second round, the teachers and the first would be lost."""
+    recipe = {"aggregator": FedNova(), "client_rules": [FedNovaRule()]}
+    with pytest.raises(ConfigError, match=r"FedNovaRule counts .* set it to reset"):
+        Federation(**recipe, optimizer_state="keep")
+    Federation(**recipe)

@@ -142,6 +142,12 @@ class Federation:
                 f"federation.server_distillation: {type(self.server_distillation).__name__} trains the aggregated "
                 "student, and here no weights are aggregated: choose an aggregator such as FedAvg, or leave it out."
             )
+        for rule in self.client_rules:
+            if rule.starts_afresh and self.optimizer_state == "keep":
+                raise ConfigError(
+                    f"{type(rule).__name__} counts the gradients of one round, and with federation.optimizer_state: "
+                    "keep momentum brings those of earlier rounds: set it to reset."
+                )
         self._check_consent()
         if self.aggregator is None:
             return  # alone, rules change the training and nothing is sent

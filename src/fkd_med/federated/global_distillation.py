@@ -41,8 +41,8 @@ class GlobalDistillation(ClientRule):
         views: over how many views of an image the teacher's probabilities are averaged: 1, 2 (and its mirror), 4
             (flips) or 8 (and quarter turns).
         schedule: changes the weight over the run; constant when left out.
-        beside_teacher: false: silent while a teacher of the client's own says something, as a second voice that knows
-            less than the first holds the student back.
+        beside_teacher: false: silent while a teacher of the client's own says anything, however little its weight. Goes
+            with `TeachWhileAhead` or terms that fade; beside a teacher that always teaches, the rule never speaks.
 
     Raises:
         ConfigError: for a negative weight, a temperature not above 0, a memory out of range or another number of views.

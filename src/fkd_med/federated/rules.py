@@ -26,6 +26,8 @@ class ClientRule(L.Callback):
 
     sections: ClassVar[frozenset[str]] = frozenset()
     """The sections of an update that this rule supplies."""
+    starts_afresh: ClassVar[bool] = False
+    """Whether the rule's formula is of optimizers that begin each round anew."""
 
     def check(self, module: nn.Module, data: Any) -> None:
         """Refuse, before any work, a module or a data module that this rule cannot use (ConfigError)."""
@@ -151,6 +153,7 @@ class FedNovaRule(ClientRule):
     """
 
     sections = frozenset({"fednova"})
+    starts_afresh = True
 
     def __init__(self) -> None:
         self._norm = self._momentum_norm = 0.0
@@ -163,12 +166,10 @@ class FedNovaRule(ClientRule):
         """Refuse optimizers whose a_i is not known.
 
         Raises:
-            ConfigError: the optimizer is not SGD, or its momentum was carried over from an earlier round.
+            ConfigError: the optimizer is not SGD.
         """
         for optimizer in trainer.optimizers:
             refuse_unless_sgd(optimizer, "FedNova", momentum=True)
-            if any("momentum_buffer" in state for state in optimizer.state.values()):
-                raise ConfigError("FedNova counts the gradients of one round: set federation.optimizer_state: reset.")
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer

@@ -15,9 +15,8 @@ from fkd_med.distillation import Companions, Taps, match
 from fkd_med.errors import ConfigError
 from fkd_med.losses import LOGITS, DistillationTerm, LogitKL
 from fkd_med.modules.distillation import DistillationModule
-from fkd_med.modules.distillation_checks import check_mutual, weights_at
+from fkd_med.modules.distillation_checks import check_mutual
 from fkd_med.modules.labels import pixels_of, supervised_part
-from fkd_med.modules.schedule import progress_of
 from fkd_med.modules.teacher import TeacherSource
 
 TEACHER = "teacher"
@@ -154,7 +153,7 @@ class MutualDistillationModule(DistillationModule):
             "teacher_supervised": supervised_part(self.loss, teacher[LOGITS], batch),
         }
         trust = trust_of(terms["supervised"], terms["teacher_supervised"])
-        weights = weights_at(self.losses, progress_of(self.clock, self._trainer))
+        weights = self.weights
         pixels = pixels_of(batch, student[LOGITS])
         for name, weight in weights.items():
             term, connector = self.losses[name], self.companions.of(name)

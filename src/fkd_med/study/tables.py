@@ -60,8 +60,11 @@ class Tables:
         return [sheet for sheet in sheets if sheet.rows]
 
     def cells(self) -> list[tuple[str, str]]:
-        """Return the cells asked for, data set and teacher, in the design's order."""
-        found = {(job.data, job.teacher) for job in self.jobs}
+        """Return the cells asked for, data set and teacher, in the design's order.
+
+        Of a data set whose teachers have runs, those that have none are left out: they would only repeat the others.
+        """
+        found = {(data, teacher) for (data, teacher, _), outcome in self.outcomes.items() if outcome.rows}
         bare = {data for data, teacher in found if not teacher}
         cells = [cell for cell in self.study.cells if self.asked is None or cell in self.asked]
         pairs = [tuple(cell.split("/")) for cell in cells]
