@@ -117,10 +117,9 @@ def test_the_memory_can_speak_in_the_place_of_a_silent_teacher_only(fed, tmp_pat
 
 
 def test_the_memory_takes_over_from_a_teacher_whose_terms_have_faded(fed, tmp_path) -> None:
-    """And its mean has gone on meanwhile: of two global students, the second round's teacher knows both."""
     source, faded = Given(Threshold(GOOD)), Ramp(first=1.0, last=0.0, begin=0.5, end=0.5)
     module = fed.distilled(None, source=source, losses={"kd": LogitKL(schedule=faded)})
-    rule = GlobalDistillation(memory=0.5, beside_teacher=False)
+    rule = GlobalDistillation(beside_teacher=False)
     trainer = fed.trainer(tmp_path, Federation(rounds=2, client_rules=[rule]))
     trainer.fit(module, datamodule=fed.Hospitals())
     told = [row.split(",") for row in (tmp_path / "metrics.csv").read_text().splitlines()]

@@ -247,9 +247,9 @@ def test_mu_below_zero_is_refused() -> None:
         FedProx(-1.0)
 
 
-def test_moments_of_earlier_rounds_are_refused_where_a_rule_counts_those_of_one() -> None:
+def test_moments_of_earlier_rounds_are_refused_where_a_rule_counts_gradients_of_one() -> None:
     """Before any work: found in the second round, the teachers and the first would be lost."""
     recipe = {"aggregator": FedNova(), "client_rules": [FedNovaRule()]}
-    with pytest.raises(ConfigError, match=r"FedNovaRule counts .* set it to reset"):
+    with pytest.raises(ConfigError, match=r"FedNovaRule is defined for .* set it to reset"):
         Federation(**recipe, optimizer_state="keep")
     Federation(**recipe)

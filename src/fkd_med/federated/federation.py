@@ -145,8 +145,8 @@ class Federation:
         for rule in self.client_rules:
             if rule.starts_afresh and self.optimizer_state == "keep":
                 raise ConfigError(
-                    f"{type(rule).__name__} counts the gradients of one round, and with federation.optimizer_state: "
-                    "keep momentum brings those of earlier rounds: set it to reset."
+                    f"{type(rule).__name__} is defined for optimizers that begin each round anew, and with "
+                    "federation.optimizer_state: keep moments of earlier rounds are carried over: set it to reset."
                 )
         self._check_consent()
         if self.aggregator is None:

@@ -96,11 +96,11 @@ class GlobalDistillation(ClientRule):
                     self._logits = [logits, before(*arguments)]
 
         self._hook = pl_module.network.register_forward_hook(note)
-        vars(pl_module)["loss_terms"] = self._added(pl_module, weight)  # for this copy of the module only
+        vars(pl_module)["loss_terms"] = self._added(pl_module.loss_terms, weight)  # for this copy of the module only
 
     def _silent(self, module: SegmentationModule) -> bool:
         """Tell whether a teacher of the client's own speaks for us; rules decide on that before the first step."""
-        return not self.beside_teacher and isinstance(module, DistillationModule) and bool(module.weights)
+        return not self.beside_teacher and isinstance(module, DistillationModule) and bool(module.term_weights)
 
     def _weight(self, trainer: L.Trainer | None, module: L.LightningModule) -> float:
         """Return the weight in this round."""
@@ -115,13 +115,12 @@ class GlobalDistillation(ClientRule):
         teacher.load_state_dict({name: mean.get(name, tensor) for name, tensor in teacher.state_dict().items()})
         return teacher
 
-    def _added(self, module: SegmentationModule, weight: float) -> Terms:
+    def _added(self, terms_of: Terms, weight: float) -> Terms:
         """Return a module's `loss_terms` with ours beside it."""
-        terms_of = module.loss_terms
 
         def loss_terms(batch: dict[str, Any]) -> dict[str, Tensor]:
             terms = terms_of(batch)
-            if self._silent(module):
+            if not self._logits:  # silent in this step
                 return terms
             own, before = self._logits
             pixels = pixels_of(batch, own).at((own.shape[-2], own.shape[-1]))

@@ -237,13 +237,13 @@ class DistillationModule(SegmentationModule):
     # --- training -----------------------------------------------------------------------------------------------
 
     @property
-    def weights(self) -> dict[str, float]:
+    def term_weights(self) -> dict[str, float]:
         """The terms that the teacher has in the loss at this moment, with their weights; none while it is silent."""
         return weights_at(self.losses, progress_of(self.clock, self._trainer)) if self.teaches else {}
 
     def loss_terms(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return the weighted supervised loss and distillation terms of a batch."""
-        weights = self.weights
+        weights = self.term_weights
         if self._student_taps is None:
             self._student_taps = Taps(self.network, [t.student_tap for t in self.active_losses.values()], "the student")
         shown = self._student_taps(batch["image"], self)

@@ -153,7 +153,7 @@ class MutualDistillationModule(DistillationModule):
             "teacher_supervised": supervised_part(self.loss, teacher[LOGITS], batch),
         }
         trust = trust_of(terms["supervised"], terms["teacher_supervised"])
-        weights = self.weights
+        weights = self.term_weights
         pixels = pixels_of(batch, student[LOGITS])
         for name, weight in weights.items():
             term, connector = self.losses[name], self.companions.of(name)
