@@ -61,22 +61,25 @@ clean:  ## Remove caches and build output; .venv, runs, teachers and data stay
 
 # The environment. The stamp is younger than what it was installed from, so that a second `make` starts at once.
 # uv takes less time than pip; where there is none, pip fetches it. What uv cannot do (a mirror that only pip knows, a
-# proxy), pip does. A uv of our own unpacks in .venv itself, so that no other disk fills up; yours has its cache.
+# proxy), pip does. pip and a uv of our own unpack in .venv itself, so that no other disk fills up; a uv of yours has its cache.
 PROJECT := -c constraints.txt -e '.[dev,notebooks,pretrained]'
 UV_CACHE := $(if $(filter $(BIN)/uv,$(UV)),--cache-dir $(VENV)/.uv)
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := mkdir -p $(VENV)/.tmp; TMPDIR=$(VENV)/.tmp $(BIN)/python -m pip --disable-pip-version-check --no-cache-dir --quiet
+FAILED := { rm -rf $(VENV)/.uv $(VENV)/.tmp; echo "error: it could not be installed, see above. $$(df -Pk . \
+  | awk 'NR == 2 { printf "%.1f", $$4 / 1e6 }') GB are free here; it takes about 7 in all." >&2; exit 1; }
 
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "==> Installing fkd-med and its tools into $(VENV) (a few minutes and about 7 GB the first time)"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip --upgrade >/dev/null 2>&1 || true
 ifneq ($(UV),)
-	@{ command -v '$(UV)' >/dev/null || $(PIP) install uv; } \
+	@{ command -v '$(UV)' >/dev/null || { $(PIP) install uv; }; } \
 	  && '$(UV)' pip install --quiet --compile-bytecode $(UV_CACHE) --python $(BIN)/python $(PROJECT) \
-	  || { echo "==> uv could not do it; pip does, which takes longer"; $(PIP) install $(PROJECT); }
-	@rm -rf $(VENV)/.uv
+	  || { rm -rf $(VENV)/.uv; echo "==> uv could not do it; pip does, which takes longer"; $(PIP) install $(PROJECT); } \
+	  || $(FAILED)
 else
-	@$(PIP) install $(PROJECT)
+	@{ $(PIP) install $(PROJECT); } || $(FAILED)
 endif
+	@rm -rf $(VENV)/.uv $(VENV)/.tmp
 	@touch $@
 
 $(BIN)/python:
