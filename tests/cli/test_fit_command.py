@@ -51,6 +51,8 @@ def test_a_run_leaves_what_it_promises(tiny_run: Path) -> None:
     assert {row.round for row in table.of("val")} == {1, 2}
     ids = {arm: {row.id for row in table.of("test", *arm[::-1])} for arm in arms}
     assert len(set(map(frozenset, ids.values()))) == 1, "all arms are tested on the same images"
+    whose = {row["id"]: row["patient"] for row in csv.DictReader((tiny_run / "manifest.csv").open())}
+    assert all(row.patient == whose[row.id] for row in table) and whose.keys() - set(whose.values())
     assert "local-only student" in (tiny_run / "report.md").read_text()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,9 +38,35 @@ def test_mean_over_hospitals_is_stratified_and_unweighted() -> None:
     assert intervals.mean.low == intervals.mean.high == pytest.approx(0.4)
     rng = np.random.default_rng(0)
     spread = {"a": rng.normal(size=50), "b": rng.normal(size=20)}
-    mean = stratified_bootstrap(spread, draws=20_000).mean
+    mean = stratified_bootstrap({c: list(v[:, None]) for c, v in spread.items()}, draws=20_000).mean
     error = math.sqrt(spread["a"].var() / 50 + spread["b"].var() / 20) / 2  # standard error of the mean of two means
     assert mean.high - mean.low == pytest.approx(2 * 1.96 * error, rel=0.03)
+
+
+def test_patients_are_drawn_with_all_their_images() -> None:
+    values = [0.1, 0.4, 0.35, 0.8, 0.9, 0.55]
+    frames = [
+        ImageRow("student", "federated", "test", 0, "a", f"{i}/{j}", v, v / 2, None, "", f"video {i}")
+        for i, v in enumerate(values)
+        for j in range(10)
+    ]
+    one_each, videos = bootstrap_mean(rows({"a": values})).mean, bootstrap_mean(frames).mean
+    assert (videos.n, videos.patients) == (60, 6) and (one_each.n, one_each.patients) == (6, 6)
+    assert (videos.low, videos.high) == pytest.approx((one_each.low, one_each.high)), "frames alike tell nothing new"
+    better = [replace(row, dice=row.dice + 0.02) for row in frames]
+    assert bootstrap_difference(frames, better).mean.patients == 6
+    few = bootstrap_mean(row for row in frames if row.patient != "video 0").mean
+    assert few.n == 50 and math.isnan(few.low)
+
+
+def test_patients_with_more_images_weigh_more() -> None:
+    """Of 7 patients, one has half of the images: a draw without it is the others' mean, exactly."""
+    own = [np.full(6, 1.0), *[np.zeros(1)] * 6]
+    interval = stratified_bootstrap({"a": own}, draws=40_000).clients["a"]
+    shares = np.array([6 * k / (6 * k + 7 - k) for k in range(8)])  # it is drawn k times of 7
+    chances = np.cumsum([math.comb(7, k) * 6 ** (7 - k) / 7**7 for k in range(8)])
+    assert interval.estimate == pytest.approx(0.5) and interval.low == 0.0
+    assert interval.high == pytest.approx(shares[np.searchsorted(chances, 0.975)])
 
 
 def test_draws_depend_on_seed_and_hospital_only() -> None:
@@ -74,7 +101,7 @@ def test_unpaired_images_are_counted() -> None:
         bootstrap_difference(first, rows({"b": [0.5] * 8}, "fkd"))
 
 
-def test_too_few_images_give_no_interval() -> None:
+def test_too_few_patients_give_no_interval() -> None:
     five = bootstrap_mean(rows({"a": [0.1, 0.2, 0.3, 0.4, 0.5]}))
     assert five.mean.estimate == pytest.approx(0.3) and math.isnan(five.mean.low) and not five.mean.excludes_zero
     uneven = bootstrap_mean(rows({"a": list(np.linspace(0, 1, 20)), "b": [0.5]}))

@@ -21,14 +21,15 @@ def test_reads_back_exactly(tmp_path: Path) -> None:
     names = ["Zürich, Nord", 'the "best"', "病院", "a;b", " padded ", "line\u2028separator", "-", "x" * 300]
     rows = [
         ImageRow("teacher", names[i % 8], "test", i - 1, names[(i + 3) % 8], f"{names[i % 5]}/{i}", rng.random(),
-                 1e-17 * i, rng.random() * 400 if i % 3 else None, ("", "prediction", "truth", "both")[i % 4])
+                 1e-17 * i, rng.random() * 400 if i % 3 else None, ("", "prediction", "truth", "both")[i % 4],
+                     ("", names[i % 7])[i % 2])
         for i in range(64)
     ]  # fmt: skip
     path = tmp_path / "run" / "images.csv"
     ImageTable.append(path, rows[:40])
     ImageTable.append(path, iter(rows[40:]))
     assert list(ImageTable.read(path)) == rows
-    assert path.read_text().startswith("model,arm,split,round,client,id,dice,iou,hd95,empty\n")
+    assert path.read_text().startswith("model,arm,split,round,client,id,patient,dice,iou,hd95,empty\n")
     assert path.read_text().count("model,arm") == 1
 
 

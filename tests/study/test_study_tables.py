@@ -61,7 +61,7 @@ def test_student_beside_teacher(tables: Tables) -> None:
 
 def test_hospitals(tables: Tables) -> None:
     lines = found(tables, "Hospital by hospital")
-    assert [line[1:5] for line in lines] == [["a", "2", "12", "+4.00"], ["b", "2", "12", "+4.00"]]
+    assert [line[1:6] for line in lines] == [["a", "2", "12", "12", "+4.00"], ["b", "2", "12", "12", "+4.00"]]
 
 
 def test_missing_runs_are_named_and_the_rest_is_made(tables: Tables, tmp_path: Path) -> None:

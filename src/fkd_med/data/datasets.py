@@ -135,6 +135,7 @@ class SegmentationDataset(Dataset[Item]):
             "mask": torch.from_numpy(mask.astype(np.int64)),
             "id": record.id,
             "client": self.clients[position],
+            "patient": record.patient,
             "size": size,
         }
         if self.labelled < len(self.records):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fkd_med.errors import RunError
 from fkd_med.evaluation.history import read_curve
-from fkd_med.evaluation.intervals import Interval, Intervals, bootstrap_difference, bootstrap_mean
+from fkd_med.evaluation.intervals import MIN_PATIENTS, Interval, Intervals, bootstrap_difference, bootstrap_mean
 from fkd_med.evaluation.plots import Curve, plot_bytes, plot_rounds
 from fkd_med.evaluation.rows import ImageRow, ImageTable, group_arms
 from fkd_med.evaluation.sheet import Column, Sheet
@@ -167,7 +167,7 @@ def _overview(arms: Sequence[Arm]) -> Sheet:
 
 
 def _details(arms: Sequence[Arm]) -> Sheet:
-    columns = [Column("hospital", left=True), Column("arm", left=True), Column("images")]
+    columns = [Column("hospital", left=True), Column("arm", left=True), Column("images"), Column("patients")]
     columns += [Column("mean", group="Dice"), Column("95 % interval", group="Dice")]
     against = "points, paired"
     columns += [Column("mean", group=against), Column("95 % interval", group=against), Column("", against, left=True)]
@@ -179,13 +179,15 @@ def _details(arms: Sequence[Arm]) -> Sheet:
             interval = arm.interval(hospital)
             if interval is None:
                 continue
-            shown = [str(interval.n), number(interval.estimate, 3), _bounds(interval, 1, ".3f", "–")]
+            shown = [str(interval.n), str(interval.patients), number(interval.estimate, 3)]
+            shown.append(_bounds(interval, 1, ".3f", "–"))
             name = hospital if len(rows) == before else ""
             rows.append([name, arm.name, *shown, *_points(arm, hospital)])
         sections.append(len(rows) - 1)
     notes = [
         f"Points: Dice x 100 minus that of {arms[0].name}, image by image; * where the 95 % interval excludes 0.",
-        "Bootstrap over the images of each hospital: other such images, the same hospitals and weights.",
+        "Bootstrap over the patients of each hospital, each with all images: other such patients, the same hospitals "
+        f"and weights. Fewer than {MIN_PATIENTS} patients are too few.",
     ]
     return Sheet("Dice per hospital", columns, rows, notes, frozenset(sections[:-1]))
 
@@ -223,7 +225,7 @@ def _write(comparison: Comparison, output: Path) -> list[Path]:
 def _csv(arms: Sequence[Arm]) -> str:
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, lineterminator="\n")
-    intervals = ["dice", "dice_low", "dice_high", "iou", "hd95", "n", "n_empty"]
+    intervals = ["dice", "dice_low", "dice_high", "iou", "hd95", "n", "n_patients", "n_empty"]
     writer.writerow(
         ["hospital", "arm", "run", *intervals, "difference", "difference_low", "difference_high", "excludes_0"]
     )
@@ -234,13 +236,14 @@ def _csv(arms: Sequence[Arm]) -> str:
                 continue
             group = arm.summary.mean if hospital == MEAN else arm.summary.clients[hospital]
             scores = [interval.estimate, interval.low, interval.high, group.iou, group.hd95]
-            row: list[object] = [hospital, arm.name, arm.run.name, *map(_blank, scores), group.n, group.n_empty]
+            counts = [group.n, interval.patients, group.n_empty]
+            row: list[object] = [hospital, arm.name, arm.run.name, *map(_blank, scores), *counts]
             if difference:
                 row += [
                     *map(_blank, (difference.estimate, difference.low, difference.high)),
                     int(difference.excludes_zero),
                 ]
-            writer.writerow(row + [""] * (14 - len(row)))
+            writer.writerow(row + [""] * (15 - len(row)))
     return buffer.getvalue()
 
 

@@ -1,16 +1,16 @@
 """Bootstrap intervals: how far a mean, or the difference of two arms, could have come out otherwise.
 
-Percentile bootstrap (Efron and Tibshirani 1993, chapters 13 and 15). Images are drawn with replacement inside each
-hospital, so hospitals keep their sizes. An interval answers "other images like these, of the same hospitals and the
-same trained weights"; images of one patient resemble each other, so it is too narrow for new patients, and it says
-nothing about new hospitals or another training run.
+Percentile bootstrap (Efron and Tibshirani 1993, chapters 13 and 15) of clusters (Davison and Hinkley 1997, section
+3.8): inside each hospital, patients are drawn with replacement, each with all of its images, for images of one patient
+resemble each other. An interval answers "other patients like these, of the same hospitals and the same trained
+weights"; it says nothing about new hospitals or another training run.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,21 +20,23 @@ from fkd_med.errors import RunError
 from fkd_med.evaluation.rows import ImageRow
 from fkd_med.seeding import derive_seed
 
-# With five or fewer images, even if all differences have one sign, a sign test stays above 5 %: no interval then.
-MIN_IMAGES = 6
+# With five or fewer patients, even if all differences have one sign, a sign test stays above 5 %: no interval then.
+MIN_PATIENTS = 6
 _CHUNK = 2_000_000  # elements drawn at a time
 
 Values = npt.NDArray[np.float64]
+Patients = Sequence[Values]  # a hospital's values, those of a patient together
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its percentile interval; `low` and `high` are NaN where images are too few for one."""
+    """A mean of `n` images with its percentile interval; `low` and `high` are NaN where `patients` are too few."""
 
     estimate: float
     low: float
     high: float
     n: int
+    patients: int
 
     @property
     def excludes_zero(self) -> bool:
@@ -62,12 +64,8 @@ def bootstrap_mean(
         draws: Bootstrap samples.
         level: Coverage, 0.95 for a 95 % interval.
     """
-    values: dict[str, list[float]] = {}
-    for row in {r.key: r for r in rows}.values():
-        value = metric_of(row, metric)
-        if value is not None:
-            values.setdefault(row.client, []).append(value)
-    return stratified_bootstrap({c: np.asarray(v) for c, v in values.items()}, seed, draws, level)
+    scores = [(row, metric_of(row, metric)) for row in {r.key: r for r in rows}.values()]
+    return stratified_bootstrap(by_patient(scores), seed, draws, level)
 
 
 def bootstrap_difference(
@@ -78,7 +76,7 @@ def bootstrap_difference(
     draws: int = 10_000,
     level: float = 0.95,
 ) -> Intervals:
-    """Return intervals of the mean of `second` minus `first`, paired image by image.
+    """Return intervals of the mean of `second` minus `first`, paired image by image; patients are those of `second`.
 
     Images are matched by client and id; those that only one arm has are left out with a warning that counts them.
 
@@ -102,19 +100,17 @@ def bootstrap_difference(
         )
     if len(common) < max(len(ours), len(theirs)):
         warnings.warn(f"Paired differences use the common images only: {counts}.", stacklevel=2)
-    differences: dict[str, list[float]] = {}
-    for key in common:
-        differences.setdefault(key[0], []).append(theirs[key] - ours[key])
-    return stratified_bootstrap({c: np.asarray(v) for c, v in differences.items()}, seed, draws, level)
+    differences = [(theirs[key][0], theirs[key][1] - ours[key][1]) for key in common]
+    return stratified_bootstrap(by_patient(differences), seed, draws, level)
 
 
 def stratified_bootstrap(
-    values: Mapping[str, Values], seed: int = 0, draws: int = 10_000, level: float = 0.95
+    values: Mapping[str, Patients], seed: int = 0, draws: int = 10_000, level: float = 0.95
 ) -> Intervals:
     """Bootstrap the mean of each hospital's values and the unweighted mean of these means.
 
     Args:
-        values: Hospital -> values, (n,).
+        values: Hospital -> the values of each patient, (n,) each.
         seed: Seed of the draws.
         draws: Bootstrap samples.
         level: Coverage.
@@ -125,44 +121,57 @@ def stratified_bootstrap(
     if not values:
         raise RunError("No image was scored, so there is no interval: check the split and the metric.")
     means = {client: _resampled_means(values[client], client, seed, draws) for client in sorted(values)}
-    clients = {
-        client: _interval(
-            float(values[client].mean()), m, len(values[client]), len(values[client]) >= MIN_IMAGES, level
-        )
-        for client, m in means.items()
-    }
-    total = sum(len(v) for v in values.values())
-    # A hospital with one image shows no spread at all; the mean over hospitals would borrow its certainty.
-    enough = total >= MIN_IMAGES and min(len(v) for v in values.values()) > 1
+    clients = {}
+    for client, resampled in means.items():
+        patients = values[client]
+        estimate = float(np.concatenate(patients).mean())
+        counts = sum(map(len, patients)), len(patients)
+        clients[client] = _interval(estimate, resampled, *counts, len(patients) >= MIN_PATIENTS, level)
+    images, total = (sum(counts) for counts in zip(*((i.n, i.patients) for i in clients.values()), strict=True))
+    # A hospital with one patient shows no spread at all; the mean over hospitals would borrow its certainty.
+    enough = total >= MIN_PATIENTS and min(i.patients for i in clients.values()) > 1
     estimate = math.fsum(i.estimate for i in clients.values()) / len(clients)
-    return Intervals(clients, _interval(estimate, np.mean(list(means.values()), axis=0), total, enough, level))
+    return Intervals(clients, _interval(estimate, np.mean(list(means.values()), axis=0), images, total, enough, level))
 
 
-def _resampled_means(values: Values, client: str, seed: int, draws: int) -> Values:
+def by_patient(scores: Iterable[tuple[ImageRow, float | None]]) -> dict[str, list[Values]]:
+    """Return hospital -> the values of each of its patients, (n,) each; images without a value are left out."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row, value in scores:
+        if value is not None:
+            found.setdefault(row.client, {}).setdefault(row.patient, []).append(value)
+    return {client: [np.asarray(v, dtype=np.float64) for v in own.values()] for client, own in found.items()}
+
+
+def resampled_means(patients: Patients, rng: np.random.Generator, draws: int) -> Values:
+    """Return the mean over images of as many patients as there are, drawn with replacement, `draws` times: (draws,)."""
+    sums, counts = np.array([v.sum() for v in patients]), np.array([len(v) for v in patients])
+    drawn = rng.integers(len(patients), size=(draws, len(patients)))
+    means: Values = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    return means
+
+
+def _resampled_means(patients: Patients, client: str, seed: int, draws: int) -> Values:
     rng = np.random.default_rng(derive_seed("bootstrap", seed, client))
-    step = max(1, _CHUNK // len(values))
-    chunks = [
-        values[rng.integers(len(values), size=(min(step, draws - start), len(values)))].mean(axis=1)
-        for start in range(0, draws, step)
-    ]
-    return np.concatenate(chunks)
+    step = max(1, _CHUNK // len(patients))
+    return np.concatenate([resampled_means(patients, rng, min(step, draws - start)) for start in range(0, draws, step)])
 
 
-def _interval(estimate: float, means: Values, n: int, enough: bool, level: float) -> Interval:
+def _interval(estimate: float, means: Values, n: int, patients: int, enough: bool, level: float) -> Interval:
     if not enough:
-        return Interval(estimate, math.nan, math.nan, n)
+        return Interval(estimate, math.nan, math.nan, n, patients)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(estimate, float(low), float(high), n)
+    return Interval(estimate, float(low), float(high), n, patients)
 
 
-def _by_image(rows: Iterable[ImageRow], metric: str) -> dict[tuple[str, str], float]:
-    images: dict[tuple[str, str], float] = {}
+def _by_image(rows: Iterable[ImageRow], metric: str) -> dict[tuple[str, str], tuple[ImageRow, float]]:
+    images: dict[tuple[str, str], tuple[ImageRow, float]] = {}
     for row in {r.key: r for r in rows}.values():
         value = metric_of(row, metric)
         if (row.client, row.id) in images:
             raise ValueError(f"client {row.client!r}, image {row.id!r} appears twice in one arm; choose one round")
         if value is not None:
-            images[row.client, row.id] = value
+            images[row.client, row.id] = row, value
     return images
 
 

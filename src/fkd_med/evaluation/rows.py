@@ -18,7 +18,7 @@ from pathlib import Path
 from fkd_med.errors import RunError
 from fkd_med.files import append_text, atomic_write_text
 
-COLUMNS = ("model", "arm", "split", "round", "client", "id", "dice", "iou", "hd95", "empty")
+COLUMNS = ("model", "arm", "split", "round", "client", "id", "patient", "dice", "iou", "hd95", "empty")
 EMPTY = ("", "prediction", "truth", "both")
 _HEADER = ",".join(COLUMNS) + "\n"
 _BOM = b"\xef\xbb\xbf"  # some editors put it in front of UTF-8
@@ -41,6 +41,7 @@ class ImageRow:
         iou: IoU in [0, 1].
         hd95: HD95 in pixels (mm with spacing); None where it was not computed, as in validation.
         empty: See `Scores.empty`.
+        patient: Patient, sequence or study the image is of; the id when empty.
     """
 
     model: str
@@ -53,6 +54,11 @@ class ImageRow:
     iou: float
     hd95: float | None
     empty: str
+    patient: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.patient:
+            object.__setattr__(self, "patient", self.id)
 
     @property
     def key(self) -> Key:
@@ -159,15 +165,15 @@ def _format(rows: Iterable[ImageRow]) -> str:
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, lineterminator="\n")
     for row in rows:
-        names = "".join((row.model, row.arm, row.split, row.client, row.id))
+        names = "".join((row.model, row.arm, row.split, row.client, row.id, row.patient))
         if any(c in "\r\n\0" or "\ud800" <= c <= "\udfff" for c in names):
             raise RunError(
-                f"client {row.client!r}, image {row.id!r}: a name with a line break, or not in UTF-8, cannot be "
-                "written to images.csv; rename it."
+                f"client {row.client!r}, image {row.id!r}, patient {row.patient!r}: a name with a line break, or not "
+                "in UTF-8, cannot be written to images.csv; rename it."
             )
         # repr reads back exactly; float() because the repr of a NumPy scalar is not a number to a reader.
         scores = ["" if v is None else repr(float(v)) for v in (row.dice, row.iou, row.hd95)]
-        writer.writerow([*row.key, *scores, row.empty])
+        writer.writerow([*row.key, row.patient, *scores, row.empty])
     return buffer.getvalue()
 
 
@@ -175,11 +181,12 @@ def _parse(path: Path, number: int, line: bytes) -> ImageRow:
     try:
         # Line by line, so that a damaged quote cannot swallow the lines after it.
         (fields,) = csv.reader([line.rstrip(b"\r").decode()], strict=True)
-        model, arm, split, round_, client, id_, dice, iou, hd95, empty = fields
+        model, arm, split, round_, client, id_, patient, dice, iou, hd95, empty = fields
         if empty not in EMPTY:
             raise ValueError(f"empty is {empty!r}, expected one of {EMPTY}")
         hd95_value = float(hd95) if hd95 else None
-        return ImageRow(model, arm, split, int(round_), client, id_, float(dice), float(iou), hd95_value, empty)
+        scores = float(dice), float(iou), hd95_value
+        return ImageRow(model, arm, split, int(round_), client, id_, *scores, empty, patient)
     except (ValueError, csv.Error) as error:
         raise RunError(f"{path}, line {number} cannot be read ({error}); correct or remove that line.") from error
 

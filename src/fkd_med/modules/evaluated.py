@@ -88,6 +88,7 @@ class EvaluatedModule(LightningModule):
                 iou=scores.iou,
                 hd95=scores.hd95,
                 empty=scores.empty,
+                patient=batch["patient"][index] if "patient" in batch else "",
             )
         )
 

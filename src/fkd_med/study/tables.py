@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fkd_med.evaluation.intervals import Interval
+from fkd_med.evaluation.intervals import Interval, Patients
 from fkd_med.evaluation.sheet import Column, Sheet
 from fkd_med.evaluation.summary import summarize
 from fkd_med.evaluation.tables import human_bytes, number
@@ -18,8 +18,8 @@ from fkd_med.study.jobs import Job
 from fkd_med.study.outcome import Outcome, Rows
 
 _INTERVALS = (
-    "Intervals: 95 %, bootstrap over seeds and the images of each hospital, images of one patient taken for "
-    "independent. Of few seeds they are rough, too narrow where seeds differ most; one seed says nothing of others."
+    "Intervals: 95 %, bootstrap over seeds and the patients of each hospital, each with all images. Of few seeds they "
+    "are rough, too narrow where seeds differ most; one seed says nothing of others."
 )
 
 
@@ -122,7 +122,7 @@ class Tables:
         notes = [f"{d.label}: {names[d.of]} minus {names[d.over]}." for d in shown.values()]
         return Sheet("Differences in Dice points, image by image", columns, rows, [*notes, _INTERVALS])
 
-    def pairs(self, cell: tuple[str, str], difference: Difference) -> dict[int, dict[str, np.ndarray]]:
+    def pairs(self, cell: tuple[str, str], difference: Difference) -> dict[int, dict[str, Patients]]:
         """Return the differences of a cell by seed and hospital; empty where an arm is missing."""
         base, other = self.outcome(cell, difference.over), self.outcome(cell, difference.of)
         return {seed: dict(of) for seed, of in paired(base.rows, other.rows).items()}
@@ -147,18 +147,20 @@ class Tables:
 
     def hospitals(self, difference: Difference) -> Sheet:
         """Return a difference hospital by hospital: does anybody lose?"""
-        columns = [Column("cell", left=True), Column("hospital", left=True), Column("seeds"), Column("image scores")]
-        columns += [Column("points"), Column("95 %")]
+        columns = [Column("cell", left=True), Column("hospital", left=True), Column("seeds"), Column("images")]
+        columns += [Column("patients"), Column("points"), Column("95 %")]
         rows = []
         for cell in self.cells():
             found = self.pairs(cell, difference)
             for hospital in sorted({name for of in found.values() for name in of}):
                 interval = nested_bootstrap(found, hospital)
                 seeds = sum(hospital in of for of in found.values())
-                shown = [str(seeds), str(interval.n), f"{100 * interval.estimate:+.2f}", _bounds(interval, 100, "+.2f")]
+                shown = [str(seeds), str(interval.n), str(interval.patients), f"{100 * interval.estimate:+.2f}"]
+                shown.append(_bounds(interval, 100, "+.2f"))
                 rows.append([self.name(cell), hospital, *shown])
         of, over = (self.study.arms[name].label for name in (difference.of, difference.over))
-        return Sheet(f"Hospital by hospital: {of} minus {over}, Dice points", columns, rows, [_INTERVALS])
+        notes = ["Images and patients: of all seeds; one that two seeds test counts twice.", _INTERVALS]
+        return Sheet(f"Hospital by hospital: {of} minus {over}, Dice points", columns, rows, notes)
 
     def name(self, cell: tuple[str, str]) -> str:
         """Return a cell's name for people."""
