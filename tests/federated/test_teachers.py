@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -13,12 +14,14 @@ import lightning as L
 import pytest
 import timm
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fkd_med.communication import Update
 from fkd_med.errors import ConfigError, RunError, TrainingError
 from fkd_med.federated import Federation, TeacherStage
+from fkd_med.federated.progress import Reporter
 from fkd_med.federated.teacher_key import teacher_key
 from fkd_med.modules import SegmentationModule, WarmupCosine
 from fkd_med.networks import PretrainedUNet
@@ -475,6 +478,24 @@ def test_teacher_curve_is_logged_per_epoch(fed, tmp_path) -> None:
     )
     assert [epoch for _, epoch in sent] == [1, 2]
     assert all(m.keys() == {f"teacher/a/{k}" for k in ("val/dice", "val/loss", "train/loss")} for m, _ in sent)
+
+
+def test_a_log_is_told_of_a_teacher_that_takes_long(fed, tmp_path, monkeypatch) -> None:
+    told: dict[bool, list[str]] = {}
+    for terminal in (False, True):
+        said = io.StringIO()
+        for long, store in ((60.0, "short"), (-1.0, "long")):
+            monkeypatch.setattr("fkd_med.federated.progress.LONG", long)
+            reporter = Reporter(Console(file=said, force_terminal=terminal, width=200))
+            reporter.begin("teachers", 60_000)  # so many that time is left
+            stage = fed.teacher_stage(tmp_path / f"{store}-{terminal}", epochs=3)
+            stage.ensure("a", fed.Hospitals(), flags=FLAGS, reporter=reporter)
+            reporter.end()
+        told[terminal] = [line for line in said.getvalue().splitlines() if "teacher of a: " in line]
+    parts = [line.split("teacher of a: ")[1].split(", ") for line in told[False]]
+    assert [part[0] for part in parts] == ["3 epochs", "epoch 1/3", "epoch 2/3", "3 epochs"]
+    assert all(part[2].endswith("left for teachers") for part in parts)
+    assert len(told[True]) == 2, "a terminal has its bar"
 
 
 def test_client_without_validation_images_keeps_the_last_weights(fed, tmp_path) -> None:

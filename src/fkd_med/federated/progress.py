@@ -11,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fkd_med.ranks import is_first_rank, mean_of_ranks
 
+LONG = 60.0  # seconds without a line after which a log, which shows no bar, is told of unfinished pieces
+
 
 def format_seconds(seconds: float) -> str:
     """Format a duration as 1:05 or 2:03:10."""
@@ -34,6 +36,7 @@ class Reporter:
         self._task: Any = None
         self._units = self._done = 0
         self._started = 0.0
+        self._spoke = time.monotonic()
 
     def begin(self, stage: str, units: int) -> None:
         """Start a stage of `units` equal pieces (teacher epochs, rounds x clients); 0 if nobody knows how many."""
@@ -73,8 +76,14 @@ class Reporter:
 
     def line(self, text: str) -> None:
         """Print a line that stays."""
+        self._spoke = time.monotonic()
         if self.enabled:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def line_if_long(self, text: str) -> None:
+        """Print a line where there is no bar and none was printed for a minute."""
+        if not self.console.is_terminal and time.monotonic() - self._spoke > LONG:
+            self.line(text)
 
     def end(self) -> None:
         """Take the bar away."""

@@ -237,7 +237,7 @@ class TeacherCurve(L.Callback):
         self.reporter.advance(trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the epoch, and print the last one."""
+        """Log the epoch, and print the last one; where there is no bar, others too, one a minute."""
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k in ("val/dice", "val/loss")}
         if "train/loss_epoch" in trainer.callback_metrics:
             metrics["train/loss"] = float(trainer.callback_metrics["train/loss_epoch"])
@@ -246,12 +246,13 @@ class TeacherCurve(L.Callback):
         if self.send is not None and trainer.is_global_zero:
             self.send({f"teacher/{self.name}/{k}": v for k, v in metrics.items()}, epoch)
         self.reporter.advance()
+        left = self.reporter.time_left()
+        scores = f"best validation Dice {self.best:.3f}"
+        scores += f", {left} left for teachers" if left not in ("", "0:00") else ""
         if epoch == self.epochs:
-            left = self.reporter.time_left()
-            self.reporter.line(
-                f"teacher of {self.name}: {epoch} epoch{'s' * (epoch > 1)}, best validation Dice {self.best:.3f}"
-                + (f", {left} left for teachers" if left not in ("", "0:00") else "")
-            )
+            self.reporter.line(f"teacher of {self.name}: {epoch} epoch{'s' * (epoch > 1)}, {scores}")
+        else:
+            self.reporter.line_if_long(f"teacher of {self.name}: epoch {epoch}/{self.epochs}, {scores}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the curve so far."""
