@@ -139,6 +139,8 @@ def test_missing_masks_are_skipped_when_asked(
         (("--federation.fraction=0",), ("fraction", "above 0")),
         (("--trainer.max_epochs=3",), ("max_epochs", "federation.rounds")),
         (("--trainer.strategy=ddp_spawn",), ("ddp_spawn", "ddp")),
+        (("--trainer.accelerator=tpu",), ("trainer.accelerator is 'tpu'", "finds cpu", "`auto` or `cpu`")),
+        (("--trainer.accelerator=cdua",), ("trainer.accelerator is 'cdua'", "Did you mean cuda?")),
         (
             ("--trainer.callbacks+=lightning.pytorch.callbacks.LearningRateMonitor",),
             ("LearningRateMonitor", "remove it"),

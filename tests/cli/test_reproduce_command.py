@@ -111,6 +111,17 @@ def test_bad_input_is_one_message_and_leaves_nothing(
     assert not launched and not names(tmp_path)
 
 
+def test_a_preset_for_a_machine_that_is_not_here(launched: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    content = yaml.safe_load((CONFIGS / "paper.yaml").read_text())
+    content["presets"]["tiny"]["settings"]["all"]["trainer"]["accelerator"] = "tpu"
+    shutil.copytree(CONFIGS, "configs")
+    Path("configs/study.yaml").write_text(yaml.safe_dump(content))
+    assert main([*TINY, "--config", "configs/study.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert "trainer.accelerator, in the preset's settings, is 'tpu'" in said and "`auto` or `cpu`" in said
+    assert not launched and not Path("made").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -16,6 +16,7 @@ from fkd_med.checkpoints import LastCheckpoint
 from fkd_med.cli.changes import Change
 from fkd_med.cli.configuration import refuse_inside_data, settle
 from fkd_med.cli.console import wide_console
+from fkd_med.cli.hardware import check_accelerator
 from fkd_med.cli.processes import check_started
 from fkd_med.cli.repeated import forget_rounds
 from fkd_med.cli.report import Report
@@ -132,6 +133,7 @@ class FkdCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settle what the configuration leaves open; refuse a run that is there before anything is built."""
         config, command = self.given, str(self.subcommand)
+        check_accelerator(config.trainer.accelerator)
         seed = config.seed_everything
         self.plan = settle(config, command, self._config_files)
         self.run_dir = self.plan.run_dir

@@ -61,6 +61,8 @@ def reproduce(arguments: list[str]) -> None:
     tally = Tally(left=[job for job in jobs if not job.finished])
     if given.keep is not None:
         check_keep(jobs, output, Path(given.keep))
+    if not given.tables:
+        _check_hardware(job for job in jobs if not job.finished)
     make_folder(output)
     if not given.tables:  # tables may be looked at while the study runs
         with locked(output / ".fkd-study-lock", f"The study {output}"):
@@ -76,6 +78,14 @@ def reproduce(arguments: list[str]) -> None:
 def _check_files(files: Iterable[Path]) -> None:
     for file in dict.fromkeys(files):
         check_configuration(file)
+
+
+def _check_hardware(jobs: Iterable[Job]) -> None:
+    """Refuse a study in which every run would end with the same message."""
+    from fkd_med.cli.hardware import check_accelerator  # imports torch, which tables can do without
+
+    for wanted in dict.fromkeys(str(job.settings.get("trainer", {}).get("accelerator", "auto")) for job in jobs):
+        check_accelerator(wanted, "trainer.accelerator, in the preset's settings,")
 
 
 def read_study(path: Path) -> Study:

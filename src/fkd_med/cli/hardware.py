@@ -1,0 +1,42 @@
+"""Refuses accelerators that this machine does not have, before anything is built."""
+
+from __future__ import annotations
+
+import difflib
+
+import torch
+from lightning.pytorch.accelerators import AcceleratorRegistry
+
+from fkd_med.errors import ConfigError
+from fkd_med.federated.quiet import quiet
+
+
+def check_accelerator(wanted: object, where: str = "trainer.accelerator") -> None:
+    """Refuse an accelerator that is unknown or not there.
+
+    Args:
+        wanted: its name as in the configuration; ``"auto"``, and an object of the user's own, are never refused.
+        where: the key that names it.
+
+    Raises:
+        ConfigError: names the key, what there is, and how to go on without it.
+    """
+    if not isinstance(wanted, str) or wanted == "auto":
+        return
+    with quiet():
+        kinds = {
+            name: AcceleratorRegistry[name]["accelerator"] for name in AcceleratorRegistry.available_accelerators()
+        }
+        kinds["gpu"] = kinds["mps" if kinds["mps"].is_available() else "cuda"]
+        here = sorted(name for name, kind in kinds.items() if kind.is_available())
+    if wanted not in kinds:
+        close = difflib.get_close_matches(wanted, [*kinds, "auto"], n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"{where} is {wanted!r}; known are auto, {', '.join(sorted(kinds))}.{hint}")
+    if wanted not in here:
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for the CPU alone"
+        raise ConfigError(
+            f"{where} is {wanted!r}, and torch {torch.__version__} ({built}) finds none on this machine; it finds "
+            f"{', '.join(here)}. If there is one, `nvidia-smi` tells whether its driver works and CUDA_VISIBLE_DEVICES "
+            "whether it is hidden. Without one: `auto` or `cpu`."
+        )
