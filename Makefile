@@ -61,11 +61,13 @@ clean:  ## Remove caches and build output; .venv, runs, teachers and data stay
 
 # The environment. The stamp is younger than what it was installed from, so that a second `make` starts at once.
 # uv takes less time than pip; where there is none, pip fetches it. What uv cannot do (a mirror that only pip knows, a
-# proxy), pip does. pip and a uv of our own unpack in .venv itself, so that no other disk fills up; a uv of yours has its cache.
+# proxy), pip does. pip, without a cache, and a uv of our own unpack in .venv itself, so that no other disk fills up; a uv
+# of yours has its cache.
 PROJECT := -c constraints.txt -e '.[dev,notebooks,pretrained]'
 UV_CACHE := $(if $(filter $(BIN)/uv,$(UV)),--cache-dir $(VENV)/.uv)
-PIP := mkdir -p $(VENV)/.tmp; TMPDIR=$(VENV)/.tmp $(BIN)/python -m pip --disable-pip-version-check --no-cache-dir --quiet
-FAILED := { rm -rf $(VENV)/.uv $(VENV)/.tmp; echo "error: it could not be installed, see above. $$(df -Pk . \
+PIP := mkdir -p $(VENV)/.tmp; TMPDIR="$$(cd $(VENV)/.tmp && pwd)" \
+  $(BIN)/python -m pip --disable-pip-version-check --no-cache-dir --quiet
+FAILED := { rm -rf $(VENV)/.uv $(VENV)/.tmp; echo "error: it could not be installed, see above. $$(df -Pk $(VENV) \
   | awk 'NR == 2 { printf "%.1f", $$4 / 1e6 }') GB are free here; it takes about 7 in all." >&2; exit 1; }
 
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python

@@ -158,7 +158,7 @@ def _outcome(arm: Arm, seed: int, folder: Path) -> dict[str, Any]:
 
 
 def _against(arm: Arm, given: argparse.Namespace) -> dict[str, Any]:
-    """Return an arm's Dice minus its reference's, in points: per seed with its images' interval, and over the seeds.
+    """Return an arm's Dice minus its reference's, in points: per seed with its patients' interval, and over the seeds.
 
     The interval over seeds is Student's t of the seeds' differences: it holds split, teachers, order and rounding, and
     needs two seeds.

@@ -2,7 +2,7 @@
 
 ``python benchmarks/codecs.py --root DIR`` trains every arm for every seed (teachers once per seed) and prints the bytes
 of a message, the Dice on test images, and the paired difference to plain messages in Dice points, with the interval
-over images for each seed and the interval over seeds. Interrupted, it goes on with the run it was in.
+over patients for each seed and the interval over seeds. Interrupted, it goes on with the run it was in.
 
 One JSON object per line.
 """

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from fkd_med.cli import main
+from fkd_med.cli.hardware import check_accelerator
+from fkd_med.errors import ConfigError
 
 Change = Callable[[Path], object]
 
@@ -170,6 +172,21 @@ def test_bad_configuration_is_one_error(
     assert code == 2 and output.err.count("fkd: error:") == 1 and "Traceback" not in output.err
     assert all(word in output.err for word in wanted), output.err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("wanted", "advice"), [("gpu", True), ("cuda", True), ("mps", False)])
+def test_an_accelerator_that_is_not_there(wanted: str, advice: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ("CUDAAccelerator", "MPSAccelerator"):
+        monkeypatch.setattr(f"lightning.pytorch.accelerators.{kind}.is_available", lambda: False)
+    with pytest.raises(ConfigError, match=f"trainer.accelerator is '{wanted}'.*it finds cpu.*`auto` or `cpu`") as error:
+        check_accelerator(wanted)
+    assert ("nvidia-smi" in str(error.value)) == advice
+    for fine in ("auto", "cpu", None, {"class_path": "mine.Accelerator"}):
+        check_accelerator(fine)
+    with pytest.raises(ConfigError, match="Did you mean cpu"):
+        check_accelerator("CPU")
+    monkeypatch.setattr("lightning.pytorch.accelerators.CUDAAccelerator.is_available", lambda: True)
+    check_accelerator("gpu")
 
 
 def test_an_existing_run_is_refused_and_stays(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,6 +86,23 @@ def test_files(tmp_path: Path) -> None:
     assert list(fkd.mean) == pytest.approx([0.15, 0.35, 0.55]) and list(fkd.worst) == pytest.approx([0.1, 0.3, 0.5])
 
 
+def test_patients_are_counted_and_too_few_have_no_interval(tmp_path: Path) -> None:
+    rows = [
+        ImageRow(
+            "student", "federated", "test", 0, client, f"{client}{i}", 0.05 * i, 0.04 * i, 3.0, "", f"{client}{i // 3}"
+        )
+        for client in "ab"
+        for i in range(15)
+    ]
+    ImageTable.append(tmp_path / "run" / "images.csv", rows)
+    comparison = compare([tmp_path / "run"], tmp_path / "out")
+    with (tmp_path / "out" / "compare.csv").open() as file:
+        found = {line["hospital"]: (line["n"], line["n_patients"], line["dice_low"]) for line in csv.DictReader(file)}
+    assert found["a"] == ("15", "5", "") and found["mean of hospitals"][:2] == ("30", "10")
+    assert float(found["mean of hospitals"][2]) < 0.35
+    assert next(line[2:6] for line in comparison.details.rows) == ["15", "5", "0.350", "too few"]
+
+
 def test_shared_teachers_stand_at_the_start_of_the_curve(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", "fkd", 0.0, rounds=4, bytes_per_message=250_000)
     table = ImageTable.read(run / "images.csv")

@@ -23,6 +23,11 @@ def rows(values: dict[str, list[float]], arm: str = "federated", start: int = 0)
     ]
 
 
+def apart(values: np.ndarray) -> dict[str, np.ndarray]:
+    """Each value as a patient's."""
+    return {str(i): values[i : i + 1] for i in range(len(values))}
+
+
 def test_interval_agrees_with_the_exact_bootstrap_distribution() -> None:
     values = [0.1, 0.4, 0.35, 0.8, 0.9, 0.55]
     exact = np.mean(list(itertools.product(values, repeat=6)), axis=1)  # all 46656 resamples
@@ -38,7 +43,7 @@ def test_mean_over_hospitals_is_stratified_and_unweighted() -> None:
     assert intervals.mean.low == intervals.mean.high == pytest.approx(0.4)
     rng = np.random.default_rng(0)
     spread = {"a": rng.normal(size=50), "b": rng.normal(size=20)}
-    mean = stratified_bootstrap({c: list(v[:, None]) for c, v in spread.items()}, draws=20_000).mean
+    mean = stratified_bootstrap({c: apart(v) for c, v in spread.items()}, draws=20_000).mean
     error = math.sqrt(spread["a"].var() / 50 + spread["b"].var() / 20) / 2  # standard error of the mean of two means
     assert mean.high - mean.low == pytest.approx(2 * 1.96 * error, rel=0.03)
 
@@ -61,7 +66,7 @@ def test_patients_are_drawn_with_all_their_images() -> None:
 
 def test_patients_with_more_images_weigh_more() -> None:
     """Of 7 patients, one has half of the images: a draw without it is the others' mean, exactly."""
-    own = [np.full(6, 1.0), *[np.zeros(1)] * 6]
+    own = {"p": np.full(6, 1.0), **apart(np.zeros(6))}
     interval = stratified_bootstrap({"a": own}, draws=40_000).clients["a"]
     shares = np.array([6 * k / (6 * k + 7 - k) for k in range(8)])  # it is drawn k times of 7
     chances = np.cumsum([math.comb(7, k) * 6 ** (7 - k) / 7**7 for k in range(8)])

@@ -16,6 +16,15 @@ from fkd_med.evaluation import ImageRow, ImageTable, group_arms
 ROW = ImageRow("student", "federated", "val", 0, "hospital-a", "img1", 0.5, 1 / 3, None, "")
 
 
+def test_rows_of_an_older_version_say_what_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "images.csv"
+    path.write_text("model,arm,split,round,client,id,dice,iou,hd95,empty\n")
+    with pytest.raises(RunError, match=r"lacks the column `patient`.*manifest.csv"):
+        ImageTable.read(path)
+    with pytest.raises(RunError, match="lacks the column `patient`"):
+        ImageTable.append(path, [ROW])
+
+
 def test_reads_back_exactly(tmp_path: Path) -> None:
     rng = random.Random(1)
     names = ["Zürich, Nord", 'the "best"', "病院", "a;b", " padded ", "line\u2028separator", "-", "x" * 300]

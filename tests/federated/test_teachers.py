@@ -480,6 +480,18 @@ def test_teacher_curve_is_logged_per_epoch(fed, tmp_path) -> None:
     assert all(m.keys() == {f"teacher/a/{k}" for k in ("val/dice", "val/loss", "train/loss")} for m, _ in sent)
 
 
+def test_found_teachers_say_nothing_of_the_pace(monkeypatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("fkd_med.federated.progress.time.monotonic", lambda: clock[0])
+    reporter = Reporter(enabled=False)
+    reporter.begin("teachers", 60)
+    reporter.skip(40)
+    assert reporter.time_left() == ""
+    clock[0] += 60.0
+    reporter.advance()
+    assert reporter.time_left() == "19:00", "19 epochs of a minute"
+
+
 def test_a_log_is_told_of_a_teacher_that_takes_long(fed, tmp_path, monkeypatch) -> None:
     told: dict[bool, list[str]] = {}
     for terminal in (False, True):

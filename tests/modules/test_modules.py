@@ -98,6 +98,22 @@ def test_scores_equal_hand_counted_ones() -> None:
     assert {(r.arm, r.split, r.model) for r in module.evaluated} == {("pooled", "val", "student")}
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, ["a-0", "a-1"]),
+        ({"patient": ["p", "p"]}, ["p", "p"]),
+        ({"patient": torch.tensor([0, 7])}, ["0", "7"]),
+        ({"patient": [3, None]}, ["3", "a-1"]),
+    ],
+)
+def test_batches_may_say_whose_their_images_are(given, wanted) -> None:
+    module = SegmentationModule(network())
+    batch = {**collate(items(2)), **given}  # type: ignore[arg-type]
+    L.Trainer(**TRAINER).validate(module, DataLoader([batch], None), verbose=False)
+    assert [row.patient for row in module.evaluated] == wanted
+
+
 def test_test_scores_are_taken_at_the_original_size() -> None:
     class Whole(nn.Module):
         def __init__(self) -> None:

@@ -51,17 +51,32 @@ def test_only_the_cells_that_were_asked_for(tables: Tables) -> None:
 
 
 def test_differences(tables: Tables) -> None:
-    assert found(tables, "Differences") == [["Set X, Small", "gain", "2", "+4.00", "+2.00 to +6.00", "+2.0, +6.0"]]
+    assert found(tables, "Differences") == [["Set X, Small", "gain", "2", "+4.00", "too few", "+2.0, +6.0"]]
 
 
 def test_student_beside_teacher(tables: Tables) -> None:
     (line,) = found(tables, "Student beside teachers")
-    assert line == ["Set X, Small", "taught student", "2", "0.650", "0.590", "90.8 %", "-6.00", "-8.00 to -4.00"]
+    assert line == ["Set X, Small", "taught student", "2", "0.650", "0.590", "90.8 %", "-6.00", "too few"]
 
 
 def test_hospitals(tables: Tables) -> None:
     lines = found(tables, "Hospital by hospital")
-    assert [line[1:6] for line in lines] == [["a", "2", "12", "12", "+4.00"], ["b", "2", "12", "12", "+4.00"]]
+    assert [line[1:6] for line in lines] == [["a", "2", "12", "6", "+4.00"], ["b", "2", "12", "6", "+4.00"]]
+
+
+def test_three_seeds_have_intervals(study: Study) -> None:
+    """By hand: +2, +6 and +10 points have a mean of 6, a deviation of 4 and an interval of 4.3027 x 4 / sqrt(3)."""
+    gains = {0: 0.02, 1: 0.06, 2: 0.10}
+    outcomes = {
+        ("x", "", "plain"): Outcome(rows={seed: student(0.5) for seed in gains}),
+        ("x", "small", "taught"): Outcome(rows={seed: student(0.5 + gain) for seed, gain in gains.items()}),
+    }
+    for outcome in outcomes.values():
+        outcome.bytes, outcome.seconds = dict.fromkeys(gains, 0), dict.fromkeys(gains, 60.0)
+    tables = Tables(study, [], outcomes)
+    (line,) = found(tables, "Differences")
+    assert line[2:] == ["3", "+6.00", "-3.94 to +15.94", "+2.0, +6.0, +10.0"]
+    assert [line[2:] for line in found(tables, "Hospital by hospital")] == [["3", "18", "6", "+6.00", line[4]]] * 2
 
 
 def test_missing_runs_are_named_and_the_rest_is_made(tables: Tables, tmp_path: Path) -> None:

@@ -30,13 +30,13 @@ def check_accelerator(wanted: object, where: str = "trainer.accelerator") -> Non
         kinds["gpu"] = kinds["mps" if kinds["mps"].is_available() else "cuda"]
         here = sorted(name for name, kind in kinds.items() if kind.is_available())
     if wanted not in kinds:
-        close = difflib.get_close_matches(wanted, [*kinds, "auto"], n=1)
+        close = difflib.get_close_matches(wanted.lower(), [*kinds, "auto"], n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise ConfigError(f"{where} is {wanted!r}; known are auto, {', '.join(sorted(kinds))}.{hint}")
     if wanted not in here:
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for the CPU alone"
+        look = " `nvidia-smi` tells whether there is one whose driver works, CUDA_VISIBLE_DEVICES whether it is hidden."
         raise ConfigError(
             f"{where} is {wanted!r}, and torch {torch.__version__} ({built}) finds none on this machine; it finds "
-            f"{', '.join(here)}. If there is one, `nvidia-smi` tells whether its driver works and CUDA_VISIBLE_DEVICES "
-            "whether it is hidden. Without one: `auto` or `cpu`."
+            f"{', '.join(here)}.{look if wanted in ('gpu', 'cuda') else ''} Without one: `auto` or `cpu`."
         )

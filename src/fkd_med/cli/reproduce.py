@@ -62,6 +62,7 @@ def reproduce(arguments: list[str]) -> None:
     if given.keep is not None:
         check_keep(jobs, output, Path(given.keep))
     if not given.tables:
+        read_outcomes(jobs, given.split)  # what is finished and cannot be read is told before others run
         _check_hardware(job for job in jobs if not job.finished)
     make_folder(output)
     if not given.tables:  # tables may be looked at while the study runs
@@ -81,10 +82,11 @@ def _check_files(files: Iterable[Path]) -> None:
 
 
 def _check_hardware(jobs: Iterable[Job]) -> None:
-    """Refuse a study in which every run would end with the same message."""
+    """Refuse a study whose preset names an accelerator that is not here, before it runs anything."""
     from fkd_med.cli.hardware import check_accelerator  # imports torch, which tables can do without
 
-    for wanted in dict.fromkeys(str(job.settings.get("trainer", {}).get("accelerator", "auto")) for job in jobs):
+    for job in jobs:
+        wanted = (job.settings.get("trainer") or {}).get("accelerator")
         check_accelerator(wanted, "trainer.accelerator, in the preset's settings,")
 
 

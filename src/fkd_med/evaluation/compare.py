@@ -187,7 +187,7 @@ def _details(arms: Sequence[Arm]) -> Sheet:
     notes = [
         f"Points: Dice x 100 minus that of {arms[0].name}, image by image; * where the 95 % interval excludes 0.",
         "Bootstrap over the patients of each hospital, each with all images: other such patients, the same hospitals "
-        f"and weights. Fewer than {MIN_PATIENTS} patients are too few.",
+        f"and weights. Too few: fewer than {MIN_PATIENTS} patients, or, for the mean, one alone in a hospital.",
     ]
     return Sheet("Dice per hospital", columns, rows, notes, frozenset(sections[:-1]))
 

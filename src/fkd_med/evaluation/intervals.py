@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ MIN_PATIENTS = 6
 _CHUNK = 2_000_000  # elements drawn at a time
 
 Values = npt.NDArray[np.float64]
-Patients = Sequence[Values]  # a hospital's values, those of a patient together
+Patients = Mapping[str, Values]  # patient -> values of their images, (n,)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def stratified_bootstrap(
     """Bootstrap the mean of each hospital's values and the unweighted mean of these means.
 
     Args:
-        values: Hospital -> the values of each patient, (n,) each.
+        values: Hospital -> patient -> values of their images, (n,).
         seed: Seed of the draws.
         draws: Bootstrap samples.
         level: Coverage.
@@ -120,10 +120,10 @@ def stratified_bootstrap(
     """
     if not values:
         raise RunError("No image was scored, so there is no interval: check the split and the metric.")
-    means = {client: _resampled_means(values[client], client, seed, draws) for client in sorted(values)}
+    means = {client: _resampled_means(values[client].values(), client, seed, draws) for client in sorted(values)}
     clients = {}
     for client, resampled in means.items():
-        patients = values[client]
+        patients = list(values[client].values())
         estimate = float(np.concatenate(patients).mean())
         counts = sum(map(len, patients)), len(patients)
         clients[client] = _interval(estimate, resampled, *counts, len(patients) >= MIN_PATIENTS, level)
@@ -134,27 +134,25 @@ def stratified_bootstrap(
     return Intervals(clients, _interval(estimate, np.mean(list(means.values()), axis=0), images, total, enough, level))
 
 
-def by_patient(scores: Iterable[tuple[ImageRow, float | None]]) -> dict[str, list[Values]]:
-    """Return hospital -> the values of each of its patients, (n,) each; images without a value are left out."""
+def by_patient(scores: Iterable[tuple[ImageRow, float | None]]) -> dict[str, Patients]:
+    """Return hospital -> patient -> values of their images, (n,); images without a value are left out."""
     found: dict[str, dict[str, list[float]]] = {}
     for row, value in scores:
         if value is not None:
             found.setdefault(row.client, {}).setdefault(row.patient, []).append(value)
-    return {client: [np.asarray(v, dtype=np.float64) for v in own.values()] for client, own in found.items()}
+    return {c: {p: np.asarray(v, dtype=np.float64) for p, v in own.items()} for c, own in found.items()}
 
 
-def resampled_means(patients: Patients, rng: np.random.Generator, draws: int) -> Values:
+def _resampled_means(patients: Collection[Values], client: str, seed: int, draws: int) -> Values:
     """Return the mean over images of as many patients as there are, drawn with replacement, `draws` times: (draws,)."""
-    sums, counts = np.array([v.sum() for v in patients]), np.array([len(v) for v in patients])
-    drawn = rng.integers(len(patients), size=(draws, len(patients)))
-    means: Values = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    return means
-
-
-def _resampled_means(patients: Patients, client: str, seed: int, draws: int) -> Values:
     rng = np.random.default_rng(derive_seed("bootstrap", seed, client))
+    sums, counts = np.array([v.sum() for v in patients]), np.array([len(v) for v in patients])
     step = max(1, _CHUNK // len(patients))
-    return np.concatenate([resampled_means(patients, rng, min(step, draws - start)) for start in range(0, draws, step)])
+    chunks = []
+    for start in range(0, draws, step):
+        drawn = rng.integers(len(patients), size=(min(step, draws - start), len(patients)))
+        chunks.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
+    return np.concatenate(chunks)
 
 
 def _interval(estimate: float, means: Values, n: int, patients: int, enough: bool, level: float) -> Interval:

@@ -210,6 +210,11 @@ def _check_header(path: Path, data: bytes) -> None:
     """Accept our header, or as much of it as a crash left."""
     header, newline, _ = data.partition(b"\n")
     if not (header.rstrip(b"\r") + b"\n" == _HEADER.encode() if newline else _HEADER.encode().startswith(header)):
+        if header.rstrip(b"\r") == _HEADER.replace("patient,", "").rstrip().encode():
+            raise RunError(
+                f"{path} lacks the column `patient`: an older version wrote it. Run it again, or add the column after "
+                "`id`, filled from the run's manifest.csv."
+            )
         shown = header[:80].decode(errors="replace")
         raise RunError(
             f"{path} is not the images.csv of a run: it begins with {shown!r}, expected {_HEADER.strip()!r}; "

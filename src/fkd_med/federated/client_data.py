@@ -14,7 +14,8 @@ class ClientData(Protocol):
     """A Lightning data module that can also be asked for one client.
 
     Batches are dicts with ``image`` (N, C, H, W), ``mask`` (N, H, W), ``id`` and ``client`` (lists of N names);
-    a validation or test batch holds images of one client only.
+    a validation or test batch holds images of one client only. It may say whose they are in ``patient`` (N names or
+    numbers), which intervals draw as a whole; without it every image is a patient of its own.
     """
 
     def client_names(self) -> list[str]:

@@ -34,14 +34,14 @@ class Reporter:
         self.enabled = enabled and is_first_rank()
         self._progress: Progress | None = None
         self._task: Any = None
-        self._units = self._done = 0
+        self._units = self._done = self._skipped = 0
         self._started = 0.0
         self._spoke = time.monotonic()
 
     def begin(self, stage: str, units: int) -> None:
         """Start a stage of `units` equal pieces (teacher epochs, rounds x clients); 0 if nobody knows how many."""
         self.end()
-        self._units, self._done, self._started = units, 0, time.monotonic()
+        self._units, self._done, self._skipped, self._started = units, 0, 0, time.monotonic()
         if not self.enabled:
             return
         self._progress = Progress(
@@ -67,11 +67,17 @@ class Reporter:
         if self._progress is not None:
             self._progress.advance(self._task, units)
 
+    def skip(self, units: int) -> None:
+        """Count pieces that were there already: they took no time, so they say nothing of the pace."""
+        self._skipped += units
+        self.advance(units)
+
     def time_left(self) -> str:
         """Return the time left in this stage, from the pace so far; empty before the first piece is done."""
-        if not (self._done and self._units):
+        worked = self._done - self._skipped
+        if not (worked > 0 and self._units):
             return ""
-        pace = (time.monotonic() - self._started) / self._done
+        pace = (time.monotonic() - self._started) / worked
         return format_seconds(pace * max(0, self._units - self._done))
 
     def line(self, text: str) -> None:

@@ -95,7 +95,7 @@ class TeacherStage(TeacherSource):
                     self._train(client, data, folder, key, description, around)
         if found:
             reporter.line(f"teacher of {name}: found in {folder}")
-            reporter.advance(epochs)
+            reporter.skip(epochs)
         self.files[name] = path
         return path
 
@@ -234,7 +234,7 @@ class TeacherCurve(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count epochs that an earlier, interrupted training has done."""
-        self.reporter.advance(trainer.current_epoch)
+        self.reporter.skip(trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the epoch, and print the last one; where there is no bar, others too, one a minute."""

@@ -88,7 +88,7 @@ class EvaluatedModule(LightningModule):
                 iou=scores.iou,
                 hd95=scores.hd95,
                 empty=scores.empty,
-                patient=batch["patient"][index] if "patient" in batch else "",
+                patient=_name(batch["patient"][index]) if "patient" in batch else "",
             )
         )
 
@@ -135,3 +135,9 @@ class EvaluatedModule(LightningModule):
         gathered = of_all_ranks((rows, losses))
         unique = {(row.client, row.id): row for part, _ in gathered for row in part}
         return [unique[key] for key in sorted(unique)], [loss for _, part in gathered for loss in part]
+
+
+def _name(patient: object) -> str:
+    """Return a patient's name, which batches may give as a number too; None is nobody's."""
+    given = patient.item() if isinstance(patient, Tensor) else patient
+    return "" if given is None else str(given)

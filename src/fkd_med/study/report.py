@@ -18,7 +18,7 @@ from fkd_med.evaluation.plots import COLOURS, line_style, new_figure, new_panels
 from fkd_med.evaluation.summary import summarize
 from fkd_med.files import atomic_write_text
 from fkd_med.study.curves import LearningCurve, mean_curve
-from fkd_med.study.intervals import nested_bootstrap, samples
+from fkd_med.study.intervals import interval_of, mean_of, samples
 from fkd_med.study.tables import Tables
 
 _COLUMNS = ("data", "teacher", "arm", "model", "seed", "hospital", "images", "dice", "iou", "hd95", "bytes", "seconds")
@@ -87,7 +87,7 @@ def _draw_differences(tables: Tables, path: Path) -> None:
             found = tables.pairs(cell, difference)
             if found:
                 name = f"{tables.name(cell)}: {difference.label}"
-                lines.append((place, name, COLOURS[number % len(COLOURS)], nested_bootstrap(found)))
+                lines.append((place, name, COLOURS[number % len(COLOURS)], interval_of(found)))
                 place -= 1.0
         place -= 0.5
     figure, axes = new_figure(9, 1.2 + 0.3 * len(lines))
@@ -106,7 +106,7 @@ def _draw_bytes(tables: Tables, path: Path) -> None:
     figure, axes = new_figure(9)
     for number, arm in enumerate(tables.study.arms):
         points = [outcome for cell in tables.cells() if (outcome := tables.outcome(cell, arm)).rows]
-        dice = [nested_bootstrap(samples(o.rows), draws=1).estimate for o in points]
+        dice = [mean_of(samples(o.rows)) for o in points]
         sent = [sum(o.bytes.values()) / len(o.bytes) / 1e6 for o in points]
         if points:
             label, dark = tables.study.arms[arm].label, COLOURS[number % len(COLOURS)]

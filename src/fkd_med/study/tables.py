@@ -8,18 +8,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fkd_med.evaluation.intervals import Interval, Patients
+from fkd_med.evaluation.intervals import MIN_PATIENTS, Interval
 from fkd_med.evaluation.sheet import Column, Sheet
 from fkd_med.evaluation.summary import summarize
 from fkd_med.evaluation.tables import human_bytes, number
 from fkd_med.study.design import Difference, Study
-from fkd_med.study.intervals import nested_bootstrap, paired, samples
+from fkd_med.study.intervals import MIN_SEEDS, Samples, interval_of, mean_of, means_of_seeds, paired, samples
 from fkd_med.study.jobs import Job
 from fkd_med.study.outcome import Outcome, Rows
 
 _INTERVALS = (
-    "Intervals: 95 %, bootstrap over seeds and the patients of each hospital, each with all images. Of few seeds they "
-    "are rough, too narrow where seeds differ most; one seed says nothing of others."
+    "Intervals: 95 %, Student's t over the seeds, each of which deals patients, trains and tests anew; of one seed a "
+    "bootstrap over the patients of each hospital, which says nothing of other seeds. Too few: fewer than "
+    f"{MIN_PATIENTS} patients (of one seed also one alone in a hospital), or fewer than {MIN_SEEDS} seeds."
 )
 
 
@@ -113,8 +114,8 @@ class Tables:
             for difference in self.study.differences:
                 found = self.pairs(cell, difference)
                 if found:
-                    interval = nested_bootstrap(found)
-                    each = ", ".join(f"{100 * nested_bootstrap({seed: found[seed]}).estimate:+.1f}" for seed in found)
+                    interval = interval_of(found)
+                    each = ", ".join(f"{100 * mean:+.1f}" for mean in means_of_seeds(found).values())
                     shown[difference.label] = difference
                     numbers = [str(len(found)), f"{100 * interval.estimate:+.2f}", _bounds(interval, 100, "+.2f"), each]
                     rows.append([self.name(cell), difference.label, *numbers])
@@ -122,10 +123,10 @@ class Tables:
         notes = [f"{d.label}: {names[d.of]} minus {names[d.over]}." for d in shown.values()]
         return Sheet("Differences in Dice points, image by image", columns, rows, [*notes, _INTERVALS])
 
-    def pairs(self, cell: tuple[str, str], difference: Difference) -> dict[int, dict[str, Patients]]:
-        """Return the differences of a cell by seed and hospital; empty where an arm is missing."""
+    def pairs(self, cell: tuple[str, str], difference: Difference) -> Samples:
+        """Return the differences of a cell by seed, hospital and patient; empty where an arm is missing."""
         base, other = self.outcome(cell, difference.over), self.outcome(cell, difference.of)
-        return {seed: dict(of) for seed, of in paired(base.rows, other.rows).items()}
+        return paired(base.rows, other.rows)
 
     def teachers(self) -> Sheet:
         """Return how each distilled student stands beside the teachers it learned from."""
@@ -136,10 +137,10 @@ class Tables:
             for arm, design in self.study.arms.items():
                 outcome = self.outcome(cell, arm)
                 if outcome.teacher:
-                    teacher, student = (nested_bootstrap(samples(r)) for r in (outcome.teacher, outcome.rows))
-                    points = nested_bootstrap(paired(outcome.teacher, outcome.rows))
-                    ratio = student.estimate / teacher.estimate if teacher.estimate else math.nan
-                    shown = [number(teacher.estimate, 3), number(student.estimate, 3), f"{100 * ratio:.1f} %"]
+                    teacher, student = (mean_of(samples(r)) for r in (outcome.teacher, outcome.rows))
+                    points = interval_of(paired(outcome.teacher, outcome.rows))
+                    ratio = student / teacher if teacher else math.nan
+                    shown = [number(teacher, 3), number(student, 3), f"{100 * ratio:.1f} %"]
                     shown += [f"{100 * points.estimate:+.2f}", _bounds(points, 100, "+.2f")]
                     rows.append([self.name(cell), design.label, str(len(outcome.teacher)), *shown])
         notes = ["Teachers: what each hospital's student learned from, on that hospital's images.", _INTERVALS]
@@ -153,13 +154,14 @@ class Tables:
         for cell in self.cells():
             found = self.pairs(cell, difference)
             for hospital in sorted({name for of in found.values() for name in of}):
-                interval = nested_bootstrap(found, hospital)
+                interval = interval_of(found, hospital)
                 seeds = sum(hospital in of for of in found.values())
                 shown = [str(seeds), str(interval.n), str(interval.patients), f"{100 * interval.estimate:+.2f}"]
                 shown.append(_bounds(interval, 100, "+.2f"))
                 rows.append([self.name(cell), hospital, *shown])
         of, over = (self.study.arms[name].label for name in (difference.of, difference.over))
-        notes = ["Images and patients: of all seeds; one that two seeds test counts twice.", _INTERVALS]
+        counts = "Images: of all seeds. Patients: different ones; where seeds share some, intervals are too narrow."
+        notes = [counts, _INTERVALS]
         return Sheet(f"Hospital by hospital: {of} minus {over}, Dice points", columns, rows, notes)
 
     def name(self, cell: tuple[str, str]) -> str:
@@ -169,8 +171,8 @@ class Tables:
 
 def _scores(rows: Rows) -> list[str]:
     """Return seeds, Dice with its interval, IoU, HD95 and the worst hospital's Dice as cells."""
-    dice = nested_bootstrap(samples(rows))
-    others = [nested_bootstrap(samples(rows, metric), draws=1).estimate for metric in ("iou", "hd95")]
+    dice = interval_of(samples(rows))
+    others = [mean_of(samples(rows, metric)) for metric in ("iou", "hd95")]
     worst = float(np.mean([summarize(kept).worst.dice for kept in rows.values()]))
     shown = [number(dice.estimate, 3), _bounds(dice, 1, ".3f"), number(others[0], 3), number(others[1], 1)]
     return [str(len(rows)), *shown, number(worst, 3)]
