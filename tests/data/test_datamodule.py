@@ -99,7 +99,7 @@ def test_shards_of_a_client_are_disjoint_and_cover(phantoms: Path) -> None:
 def test_batches_are_as_agreed(phantoms: Path) -> None:
     made = module(phantoms)
     batch = next(iter(made.train_dataloader()))
-    assert set(batch) == {"image", "mask", "id", "client", "size"}
+    assert set(batch) == {"image", "mask", "id", "client", "patient", "size"}
     assert batch["image"].shape == (3, 3, 32, 32) and batch["image"].dtype == torch.float32
     assert batch["mask"].shape == (3, 32, 32) and batch["mask"].dtype == torch.int64
     assert set(batch["mask"].unique().tolist()) <= {0, 1}
@@ -133,7 +133,7 @@ def test_training_batches_carry_the_maps_of_their_images_and_coordinates(phantom
     for batch, before in zip(batches, plain, strict=True):
         assert set(batch) == set(before) | {"teacher", "coordinates"}
         assert torch.equal(batch["image"], before["image"]) and torch.equal(batch["mask"], before["mask"])
-        assert all(batch[key] == before[key] for key in ("id", "client", "size"))
+        assert all(batch[key] == before[key] for key in ("id", "client", "patient", "size"))
         assert list(batch["teacher"]) == ["logits", "layer4[1]"]
         logits, ramp = batch["teacher"].values()
         assert logits.shape == (3, 1, 32, 32) and ramp.shape == (3, 1, 16, 16)
@@ -172,10 +172,10 @@ def test_only_training_loaders_of_a_round_carry_maps(phantoms: Path) -> None:
     assert all(not {"teacher", "coordinates"} & set(batch) for loader in others for batch in loader)
     assert "teacher" in next(iter(made.train_dataloader()))
     made.teacher_maps = None
-    assert set(next(iter(made.train_dataloader()))) == {"image", "mask", "id", "client", "size"}
+    assert set(next(iter(made.train_dataloader()))) == {"image", "mask", "id", "client", "patient", "size"}
     still = module(phantoms, augmentation=False)
     still.teacher_maps = FakeMaps()
-    assert set(next(iter(still.train_dataloader()))) == {"image", "mask", "id", "client", "size", "teacher"}
+    assert set(next(iter(still.train_dataloader()))) == {"image", "mask", "id", "client", "patient", "size", "teacher"}
 
 
 def test_workers_do_not_change_maps_and_coordinates(phantoms: Path) -> None:

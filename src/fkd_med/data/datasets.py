@@ -84,7 +84,7 @@ class Maps(Protocol):
 
 
 class SegmentationDataset(Dataset[Item]):
-    """Items of a batch: image, mask, id, client and original size (and the original mask, for testing).
+    """Items of a batch: image, mask, id, client, patient and original size (and the original mask, for testing).
 
     Indexed by (index, seed), as SeededSampler yields, an item is augmented with that seed; by a plain index it
     is not augmented. With maps, an item also has "teacher", the map of each tap for the image as it was, and when
