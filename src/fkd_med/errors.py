@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class FkdError(Exception):
     """Anything the user can repair; the message says what and how."""
@@ -33,3 +36,13 @@ class TrainingError(FkdError):
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def check_known(where: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse a name that is not known, naming the nearest; ConfigError."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"{where}: there is no {name!r}.{hint} There are {', '.join(known) or 'none'}.")

@@ -111,6 +111,17 @@ def test_bad_input_is_one_message_and_leaves_nothing(
     assert not launched and not names(tmp_path)
 
 
+def test_finished_runs_that_cannot_be_read_are_told_before_others_run(
+    launched: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path("made/cvc/fedavg/seed-0/run")
+    run.mkdir(parents=True)
+    (run / "images.csv").write_text("model,arm,split,round,client,id,dice,iou,hd95,empty\n")
+    (run.parent / "outcome.yaml").write_text("finished: true\n")
+    assert main([*TINY, "--arms", "fedavg", "local"]) == 2
+    assert "lacks the column `patient`" in capsys.readouterr().err and not launched
+
+
 def test_a_preset_for_a_machine_that_is_not_here(launched: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
     content = yaml.safe_load((CONFIGS / "paper.yaml").read_text())
     content["presets"]["tiny"]["settings"]["all"]["trainer"]["accelerator"] = "tpu"

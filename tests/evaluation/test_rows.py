@@ -31,7 +31,7 @@ def test_reads_back_exactly(tmp_path: Path) -> None:
     rows = [
         ImageRow("teacher", names[i % 8], "test", i - 1, names[(i + 3) % 8], f"{names[i % 5]}/{i}", rng.random(),
                  1e-17 * i, rng.random() * 400 if i % 3 else None, ("", "prediction", "truth", "both")[i % 4],
-                     ("", names[i % 7])[i % 2])
+                 ("", names[i % 7])[i % 2])
         for i in range(64)
     ]  # fmt: skip
     path = tmp_path / "run" / "images.csv"

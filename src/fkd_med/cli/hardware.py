@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-
 import torch
 from lightning.pytorch.accelerators import AcceleratorRegistry
 
-from fkd_med.errors import ConfigError
+from fkd_med.errors import ConfigError, check_known
 from fkd_med.federated.quiet import quiet
 
 
@@ -29,10 +27,7 @@ def check_accelerator(wanted: object, where: str = "trainer.accelerator") -> Non
         }
         kinds["gpu"] = kinds["mps" if kinds["mps"].is_available() else "cuda"]
         here = sorted(name for name, kind in kinds.items() if kind.is_available())
-    if wanted not in kinds:
-        close = difflib.get_close_matches(wanted.lower(), [*kinds, "auto"], n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        raise ConfigError(f"{where} is {wanted!r}; known are auto, {', '.join(sorted(kinds))}.{hint}")
+    check_known(where, [wanted], ["auto", *sorted(kinds)])
     if wanted not in here:
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for the CPU alone"
         look = " `nvidia-smi` tells whether there is one whose driver works, CUDA_VISIBLE_DEVICES whether it is hidden."

@@ -85,8 +85,8 @@ def _check_hardware(jobs: Iterable[Job]) -> None:
     """Refuse a study whose preset names an accelerator that is not here, before it runs anything."""
     from fkd_med.cli.hardware import check_accelerator  # imports torch, which tables can do without
 
-    for job in jobs:
-        wanted = (job.settings.get("trainer") or {}).get("accelerator")
+    named = [(job.settings.get("trainer") or {}).get("accelerator") for job in jobs]
+    for wanted in {name for name in named if isinstance(name, str)}:
         check_accelerator(wanted, "trainer.accelerator, in the preset's settings,")
 
 

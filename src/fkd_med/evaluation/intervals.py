@@ -124,7 +124,7 @@ def stratified_bootstrap(
     clients = {}
     for client, resampled in means.items():
         patients = list(values[client].values())
-        estimate = float(np.concatenate(patients).mean())
+        estimate = mean_of_images(values[client])
         counts = sum(map(len, patients)), len(patients)
         clients[client] = _interval(estimate, resampled, *counts, len(patients) >= MIN_PATIENTS, level)
     images, total = (sum(counts) for counts in zip(*((i.n, i.patients) for i in clients.values()), strict=True))
@@ -141,6 +141,11 @@ def by_patient(scores: Iterable[tuple[ImageRow, float | None]]) -> dict[str, Pat
         if value is not None:
             found.setdefault(row.client, {}).setdefault(row.patient, []).append(value)
     return {c: {p: np.asarray(v, dtype=np.float64) for p, v in own.items()} for c, own in found.items()}
+
+
+def mean_of_images(patients: Patients) -> float:
+    """Return the mean over all images of a hospital's patients."""
+    return float(np.concatenate(list(patients.values())).mean())
 
 
 def _resampled_means(patients: Collection[Values], client: str, seed: int, draws: int) -> Values:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fkd_med.errors import ConfigError
+from fkd_med.errors import ConfigError, check_known
 
 
 @dataclass
@@ -148,13 +147,3 @@ def filled(text: str, values: Mapping[str, str]) -> str:
     for name, value in values.items():
         text = text.replace(f"{{{name}}}", value)
     return text
-
-
-def check_known(where: str, names: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse a name that is not known, naming the nearest; ConfigError."""
-    known = list(known)
-    for name in names:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            raise ConfigError(f"{where}: there is no {name!r}.{hint} There are {', '.join(known) or 'none'}.")

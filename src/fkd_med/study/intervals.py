@@ -20,6 +20,7 @@ from fkd_med.evaluation.intervals import (
     Interval,
     Patients,
     by_patient,
+    mean_of_images,
     metric_of,
     stratified_bootstrap,
 )
@@ -56,12 +57,16 @@ def paired(first: Mapping[int, Sequence[ImageRow]], second: Mapping[int, Sequenc
 
 def means_of_seeds(values: Samples, hospital: str | None = None) -> dict[int, float]:
     """Return each seed's unweighted mean over hospitals of the mean over images (or the mean of one hospital)."""
-    return {seed: float(np.mean([_mean(of[c]) for c in of])) for seed, of in _kept(values, hospital).items()}
+    return {
+        seed: float(np.mean([mean_of_images(own) for own in of.values()]))
+        for seed, of in _kept(values, hospital).items()
+    }
 
 
 def mean_of(values: Samples) -> float:
     """Return the mean over seeds; NaN without any."""
-    return float(np.mean(list(means_of_seeds(values).values()))) if _kept(values) else math.nan
+    means = list(means_of_seeds(values).values())
+    return float(np.mean(means)) if means else math.nan
 
 
 def interval_of(values: Samples, hospital: str | None = None, level: float = 0.95) -> Interval:
@@ -95,7 +100,3 @@ def interval_of(values: Samples, hospital: str | None = None, level: float = 0.9
 def _kept(values: Samples, hospital: str | None = None) -> dict[int, dict[str, Patients]]:
     kept = {s: {c: own for c, own in of.items() if hospital in (None, c) and own} for s, of in values.items()}
     return {seed: of for seed, of in kept.items() if of}
-
-
-def _mean(patients: Patients) -> float:
-    return float(np.concatenate(list(patients.values())).mean())

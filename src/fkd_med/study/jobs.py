@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
-from fkd_med.errors import ConfigError, RunError
+from fkd_med.errors import ConfigError, RunError, check_known
 from fkd_med.files import atomic_write_text
 from fkd_med.rundir import RunDir
 from fkd_med.study.definition import Settings, define, differing, files_of
-from fkd_med.study.design import Arm, Preset, Study, check_known, check_seeds, filled
+from fkd_med.study.design import Arm, Preset, Study, check_seeds, filled
 
 _STOPPED = (0, 130, 143)  # done, by Ctrl-C, because time was up
 
