@@ -9,7 +9,7 @@ import pytest
 from study_rows import finish, row
 
 from fkd_med.evaluation import ImageRow, ImageTable
-from fkd_med.study import Job, Outcome, Study, Tables, read_outcomes
+from fkd_med.study import Arm, Difference, Job, Outcome, Study, Tables, read_outcomes
 from fkd_med.study.curves import mean_curve
 from fkd_med.study.report import _common, _mean_curves, write_report
 
@@ -62,6 +62,27 @@ def test_student_beside_teacher(tables: Tables) -> None:
 def test_hospitals(tables: Tables) -> None:
     lines = found(tables, "Hospital by hospital")
     assert [line[1:6] for line in lines] == [["a", "2", "12", "6", "+4.00"], ["b", "2", "12", "6", "+4.00"]]
+
+
+def test_differences_between_the_teachers_of_two_arms(study: Study) -> None:
+    """Whatever their students say; an arm without teachers has no such difference."""
+    study.arms["again"] = Arm("taught again", ["{teacher}.yaml"])
+    study.differences = [
+        Difference("teachers", of="again", over="taught", model="teacher"),
+        Difference("none", of="again", over="plain", model="teacher"),
+    ]
+
+    def outcome(of_students: float, of_teachers: float | None) -> Outcome:
+        teachers = {0: student(of_teachers, model="teacher", arm="", round=0)} if of_teachers else {}
+        return Outcome(rows={0: student(of_students)}, teacher=teachers, bytes={0: 0}, seconds={0: 60.0})
+
+    outcomes = {("x", "", "plain"): outcome(0.5, None)}
+    outcomes |= {("x", "small", "taught"): outcome(0.5, 0.6), ("x", "small", "again"): outcome(0.4, 0.67)}
+    tables = Tables(study, [], outcomes)
+    assert [line[1:4] for line in found(tables, "Differences")] == [["teachers", "1", "+7.00"]]
+    assert "teachers: taught again minus taught student, hospitals' teachers." in tables.differences().notes
+    (sheet,) = [sheet for sheet in tables.sheets() if sheet.title.startswith("Hospital by hospital")]
+    assert "taught again minus taught student, hospitals' teachers, Dice points" in sheet.title
 
 
 def test_three_seeds_have_intervals(study: Study) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from fkd_med.errors import ConfigError, check_known
 
@@ -56,11 +56,13 @@ class Difference:
         label: what the difference says, such as "gain of distillation".
         of: an arm.
         over: the arm it is compared with.
+        model: whose scores: the students', or those of the hospitals' teachers, which only some arms have.
     """
 
     label: str
     of: str
     over: str
+    model: Literal["student", "teacher"] = "student"
 
 
 @dataclass

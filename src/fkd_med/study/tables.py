@@ -119,14 +119,21 @@ class Tables:
                     shown[difference.label] = difference
                     numbers = [str(len(found)), f"{100 * interval.estimate:+.2f}", _bounds(interval, 100, "+.2f"), each]
                     rows.append([self.name(cell), difference.label, *numbers])
-        names = {name: arm.label for name, arm in self.study.arms.items()}
-        notes = [f"{d.label}: {names[d.of]} minus {names[d.over]}." for d in shown.values()]
+        notes = [f"{d.label}: {self.compared(d)}." for d in shown.values()]
         return Sheet("Differences in Dice points, image by image", columns, rows, [*notes, _INTERVALS])
 
     def pairs(self, cell: tuple[str, str], difference: Difference) -> Samples:
         """Return the differences of a cell by seed, hospital and patient; empty where an arm is missing."""
         base, other = self.outcome(cell, difference.over), self.outcome(cell, difference.of)
+        if difference.model == "teacher":
+            return paired(base.teacher, other.teacher)
         return paired(base.rows, other.rows)
+
+    def compared(self, difference: Difference) -> str:
+        """Say what a difference compares."""
+        of, over = (self.study.arms[name].label for name in (difference.of, difference.over))
+        whose = ", hospitals' teachers" if difference.model == "teacher" else ""
+        return f"{of} minus {over}{whose}"
 
     def teachers(self) -> Sheet:
         """Return how each distilled student stands beside the teachers it learned from."""
@@ -143,7 +150,8 @@ class Tables:
                     shown = [number(teacher, 3), number(student, 3), f"{100 * ratio:.1f} %"]
                     shown += [f"{100 * points.estimate:+.2f}", _bounds(points, 100, "+.2f")]
                     rows.append([self.name(cell), design.label, str(len(outcome.teacher)), *shown])
-        notes = ["Teachers: what each hospital's student learned from, on that hospital's images.", _INTERVALS]
+        whose = "Teachers: what each hospital's student learned from, on its images; as they are after the last round."
+        notes = [whose, _INTERVALS]
         return Sheet("Student beside teachers", columns, rows, notes)
 
     def hospitals(self, difference: Difference) -> Sheet:
@@ -159,10 +167,9 @@ class Tables:
                 shown = [str(seeds), str(interval.n), str(interval.patients), f"{100 * interval.estimate:+.2f}"]
                 shown.append(_bounds(interval, 100, "+.2f"))
                 rows.append([self.name(cell), hospital, *shown])
-        of, over = (self.study.arms[name].label for name in (difference.of, difference.over))
         counts = "Images: of all seeds. Patients: different ones; where seeds share some, intervals are too narrow."
         notes = [counts, _INTERVALS]
-        return Sheet(f"Hospital by hospital: {of} minus {over}, Dice points", columns, rows, notes)
+        return Sheet(f"Hospital by hospital: {self.compared(difference)}, Dice points", columns, rows, notes)
 
     def name(self, cell: tuple[str, str]) -> str:
         """Return a cell's name for people."""
