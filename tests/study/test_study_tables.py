@@ -9,7 +9,7 @@ import pytest
 from study_rows import finish, row
 
 from fkd_med.evaluation import ImageRow, ImageTable
-from fkd_med.study import Arm, Difference, Job, Outcome, Study, Tables, read_outcomes
+from fkd_med.study import Arm, Difference, Job, Outcome, Selection, Study, Tables, jobs_of, read_outcomes
 from fkd_med.study.curves import mean_curve
 from fkd_med.study.report import _common, _mean_curves, write_report
 
@@ -116,6 +116,12 @@ def test_missing_runs_are_named_and_the_rest_is_made(tables: Tables, tmp_path: P
     one = [line for line in lines if line["hospital"] == "b" and line["arm"] == "taught" and line["seed"] == "1"]
     assert [float(line["dice"]) for line in one] == [pytest.approx(0.66), pytest.approx(0.7)]
     assert files[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_missing_seeds_in_a_row_are_named_by_the_first_and_the_last(study: Study, base: Path) -> None:
+    wanted = Selection(seeds=[0, 1, 2, 3, 5, 7, 8], cells=["x/small"], arms=["taught"], without_images=True)
+    jobs = jobs_of(study, study.presets["few"], base, base.parent / "results", wanted)
+    assert Tables(study, jobs, {}).missing_by_arm() == "x small taught seeds 0-3 5 7 8"
 
 
 def test_learning_curves_are_drawn_where_there_are_some(tables: Tables, tmp_path: Path) -> None:

@@ -49,11 +49,11 @@ class Tables:
 
     def missing_by_arm(self) -> str:
         """Name the runs that are not finished for people, the seeds of an arm together."""
-        seeds: dict[str, list[str]] = {}
+        seeds: dict[str, list[int]] = {}
         for name in self.missing:
             arm, _, seed = name.rpartition(" seed ")
-            seeds.setdefault(arm, []).append(seed)
-        return ", ".join(f"{arm} seed{'s' * (len(own) > 1)} {' '.join(own)}" for arm, own in seeds.items())
+            seeds.setdefault(arm, []).append(int(seed))
+        return ", ".join(f"{arm} seed{'s' * (len(own) > 1)} {_in_short(own)}" for arm, own in seeds.items())
 
     def sheets(self) -> list[Sheet]:
         """Return all tables that have a row."""
@@ -188,6 +188,17 @@ def _scores(rows: Rows) -> list[str]:
 def _costs(outcome: Outcome) -> list[str]:
     sent, seconds = np.mean(list(outcome.bytes.values())), np.mean(list(outcome.seconds.values()))
     return [human_bytes(float(sent)) if sent else "–", f"{seconds / 60:.1f} min"]
+
+
+def _in_short(seeds: Sequence[int]) -> str:
+    """Return seeds in order, three and more in a row as first and last."""
+    runs: list[list[int]] = []
+    for seed in sorted(seeds):
+        if runs and seed == runs[-1][-1] + 1:
+            runs[-1].append(seed)
+        else:
+            runs.append([seed])
+    return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else " ".join(map(str, run)) for run in runs)
 
 
 def _bounds(interval: Interval, scale: float, style: str) -> str:
