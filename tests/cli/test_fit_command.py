@@ -106,6 +106,20 @@ def test_overwrite_starts_afresh_and_finds_its_teachers(
     assert (run / "mine.txt").read_text() == "a note"
 
 
+@pytest.mark.parametrize(("mode", "kept"), [("max", 2), ("min", 1)])
+def test_the_round_that_is_kept_may_be_the_last_whatever_validation_says(
+    tiny_run: Path, tmp_path: Path, mode: str, kept: int
+) -> None:
+    """By `--checkpoint.monitor step`; the other way round, the first, one of which validation had not chosen."""
+    options = ("--checkpoint.monitor=step", f"--checkpoint.mode={mode}", "--federation.local_baseline=false")
+    assert command(tiny_run, "fit", tmp_path / "run", *options) == 0
+    scored = ImageTable.read(tmp_path / "run" / "images.csv").of("test", "student", "federated")
+    assert {row.round for row in scored} == {kept}
+    student = read_checkpoint(tmp_path / "run" / "student.ckpt")["state_dict"]
+    best = read_checkpoint(tmp_path / "run" / "checkpoints" / f"best-step={kept}.ckpt")["state_dict"]
+    assert all(torch.equal(student[name], best[name]) for name in student)
+
+
 def test_validate_and_test_score_the_runs_checkpoints(
     tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
