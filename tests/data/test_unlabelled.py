@@ -141,8 +141,16 @@ def test_a_manifest_remembers_what_was_hidden(root: Path, tmp_path: Path) -> Non
     made.manifest.write(tmp_path / "manifest.csv")
     again = module(root, manifest=str(tmp_path / "manifest.csv"))
     assert again.manifest == made.manifest and again.num_unlabelled("hospital-a") == made.num_unlabelled("hospital-a")
-    with pytest.raises(ConfigError, match=r"hidden_masks.*manifest"):
+    both = module(root, manifest=str(tmp_path / "manifest.csv"), hidden_masks=0.9)  # as a run that goes on has it
+    assert both.manifest == made.manifest
+
+
+def test_masks_that_are_to_be_hidden_and_are_not_are_refused(root: Path, tmp_path: Path) -> None:
+    module(root).manifest.write(tmp_path / "manifest.csv")
+    with pytest.raises(DataError, match=r"hidden_masks: 0.5.*manifest.csv has no image.*leave data.manifest out"):
         module(root, manifest=str(tmp_path / "manifest.csv"), hidden_masks=0.5)
+    with pytest.raises(DataError, match=r"hidden_masks: 0.001.*larger share"):
+        module(root, hidden_masks=0.001)
 
 
 def test_a_manifest_that_wants_a_mask_that_is_not_there_is_refused(root: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from fkd_med.data.masks import MaskCoding, MaskFacts, find_coding, survey_masks
 from fkd_med.data.partition import build_manifest
 from fkd_med.data.progress import with_progress
 from fkd_med.data.public import read_public
+from fkd_med.data.unlabelled import check_hidden
 from fkd_med.errors import DataError
 from fkd_med.seeding import global_seed
 
@@ -120,6 +121,7 @@ def _manifest(data: FederatedDataModule, found: _Findings) -> Manifest | None:
         else:
             data.manifest = Manifest.read(Path(data.manifest_path).expanduser())
             data.manifest.verify(found.records)
+        check_hidden(data.hidden_masks, data.manifest)
     except DataError as error:
         found.errors.append(str(error))
         return None

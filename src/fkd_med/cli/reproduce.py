@@ -168,7 +168,7 @@ def _roots(pairs: list[str] | None) -> dict[str, str]:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="fkd reproduce", description=_DESCRIPTION, exit_on_error=False)
     parser.add_argument("--config", type=str, required=True, help="The study: configs/paper.yaml.")
-    parser.add_argument("--preset", type=str, required=True, help="Its size: tiny, cpu or paper.")
+    parser.add_argument("--preset", type=str, required=True, help="Its size: tiny, cpu, long or paper.")
     parser.add_argument("--output", type=str | None, default=None, help="Folder; results/<study>/<preset>.")
     parser.add_argument("--data", type=str, nargs="+", default=None, help="Images: NAME=FOLDER ...")
     parser.add_argument("--cells", type=str, nargs="+", default=None, help="Only these: cvc/resunet ...")

@@ -27,7 +27,7 @@ from fkd_med.data.preprocessing import Preprocessing
 from fkd_med.data.public import PublicImages, read_public
 from fkd_med.data.records import Record
 from fkd_med.data.sampling import check_fills_batch
-from fkd_med.data.unlabelled import MixedSampler, check_masks, check_unlabelled, without_hidden
+from fkd_med.data.unlabelled import MixedSampler, check_hidden, check_masks, check_unlabelled, without_hidden
 from fkd_med.errors import ConfigError
 from fkd_med.seeding import global_seed
 
@@ -59,7 +59,7 @@ class FederatedDataModule(L.LightningDataModule):
             without mask as unlabelled, to learn from what a teacher says of them.
         unlabelled: Unlabelled images added to every training batch; null for as many as `batch_size`, 0 for none.
         hidden_masks: Share of each hospital's training images whose masks are not used, by whole patients: to try what
-            unlabelled images are worth.
+            unlabelled images are worth. A `manifest` says itself whose.
         seed: Of splits, order and augmentation; null for seed_everything's.
         public: Folder of further images, without masks and nobody's, for algorithms that distil on such (FedDF, FedMD).
 
@@ -113,7 +113,7 @@ class FederatedDataModule(L.LightningDataModule):
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
         self.on_missing: OnMissing = on_missing
-        check_unlabelled(hidden_masks, unlabelled, manifest)
+        check_unlabelled(hidden_masks, unlabelled)
         self.hidden_masks = hidden_masks
         self.unlabelled = batch_size if unlabelled is None else unlabelled
         self.seed = seed
@@ -232,6 +232,7 @@ class FederatedDataModule(L.LightningDataModule):
         self._seed = global_seed() if self.seed is None else self.seed
         records = self.layout.records(self.root, self.on_missing)
         self.manifest = self._partition(records)
+        check_hidden(self.hidden_masks, self.manifest)
         if self.client is not None:
             self.manifest.check_client(self.client, str(self.root))
         used = {row.id for row in self.manifest.rows}

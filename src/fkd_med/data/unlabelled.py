@@ -101,15 +101,22 @@ def check_masks(records: Sequence[Record], manifest: Manifest) -> None:
         raise DataError(f"{manifest.source}: {len(bare)} images have no mask and are not unlabelled: {listing(bare)}.")
 
 
-def check_unlabelled(hidden: float, number: int | None, manifest: str | None) -> None:
+def check_hidden(hidden: float, manifest: Manifest) -> None:
+    """Refuse to hide masks where none are hidden: too small a share, or a manifest that says so (DataError).
+
+    Beside a manifest, as a run that goes on has its own, the manifest says whose masks are not used.
+    """
+    if hidden and not manifest.of(None, UNLABELLED):
+        raise DataError(
+            f"data.hidden_masks: {hidden}, but {manifest.source} has no image whose mask is hidden (split unlabelled): "
+            "leave data.manifest out, which says whose masks are used, or give a larger share, of whole patients."
+        )
+
+
+def check_unlabelled(hidden: float, number: int | None) -> None:
     """Refuse settings of images without masks that make no sense (ConfigError)."""
     if not 0 <= hidden < 1:
         raise ConfigError(f"data.hidden_masks: {hidden}; give a share from 0 to below 1: some masks must be left.")
-    if hidden and manifest is not None:
-        raise ConfigError(
-            f"data.hidden_masks: {hidden}, but data.manifest already says whose masks are not used (split unlabelled): "
-            "leave one of them out."
-        )
     if number is not None and number < 0:
         raise ConfigError(f"data.unlabelled: {number}; give 0 or more images per batch, or null for data.batch_size.")
 

@@ -150,7 +150,10 @@ class Tables:
                     shown = [number(teacher, 3), number(student, 3), f"{100 * ratio:.1f} %"]
                     shown += [f"{100 * points.estimate:+.2f}", _bounds(points, 100, "+.2f")]
                     rows.append([self.name(cell), design.label, str(len(outcome.teacher)), *shown])
-        whose = "Teachers: what each hospital's student learned from, on its images; as they are after the last round."
+        whose = (
+            "Teachers: what each hospital's student learned from, on that hospital's images. Those that train on "
+            "are as after the last round, beside the student of the round that was kept."
+        )
         notes = [whose, _INTERVALS]
         return Sheet("Student beside teachers", columns, rows, notes)
 
