@@ -57,6 +57,8 @@ def read_records(path: Path) -> Iterator[Any]:
         if length == 0 and kind == 0:
             position += left - 7
             continue
+        if position + length > len(data):  # the other process is in the middle of writing it
+            return
         buffer += data[position : position + length]
         position += length
         if kind in (1, 4):  # whole, or the last part
