@@ -335,6 +335,31 @@ def test_steps_may_decide_and_scores_are_told_of_their_own_epoch_only(fed, tmp_p
     assert lines[0].endswith(" left") and trainer.reporter._units == trainer.reporter._done == 5
 
 
+@pytest.mark.parametrize(
+    ("recipe", "told"),
+    [
+        (None, [("", 1, 4), ("", 2, 4), ("", 3, 4), ("", 4, 4)]),
+        ({"local_epochs": 2}, [(c, i + 1, n) for c, n in (("a", 4), ("b", 2), ("c", 6)) for i in range(n)]),
+        ({"local_steps": 3}, [(c, i + 1, 3) for c in "abc" for i in range(3)]),
+    ],
+    ids=["alone", "epochs", "steps"],
+)
+def test_a_log_is_told_in_the_middle_of_what_takes_very_long(fed, tmp_path, monkeypatch, recipe, told) -> None:
+    monkeypatch.setattr("fkd_med.federated.progress.REFRESH", -1.0)
+    lines: list[str] = []
+    for seconds in (600.0, -1.0):
+        monkeypatch.setattr("fkd_med.federated.progress.VERY_LONG", seconds)
+        folder = tmp_path / str(seconds)
+        trainer = plain(folder, max_epochs=2)
+        if recipe is not None:
+            trainer = fed.trainer(folder, Federation(rounds=1, **recipe))
+        trainer.reporter.line = lines.append
+        trainer.fit(fed.student(), datamodule=fed.Hospitals())
+        assert seconds < 0 or not any("batch" in line for line in lines)
+    found = [re.fullmatch(r"(?:round 1/1 · (\w) · )?batch (\d)/(\d) · loss \d\.\d{3}", line) for line in lines]
+    assert [(m[1] or "", int(m[2]), int(m[3])) for m in found if m] == told
+
+
 def test_an_error_takes_the_bar_away(fed, tmp_path) -> None:
     class Fails(L.Callback):
         def on_train_batch_start(self, trainer: Any, *args: Any) -> None:

@@ -12,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fkd_med.ranks import is_first_rank, mean_of_ranks
 
 LONG = 60.0  # seconds without a line after which a log, which shows no bar, is told of unfinished pieces
+REFRESH = 0.5  # seconds between two looks at the loss
+VERY_LONG = 600.0  # and after which it is told what would stand beside the bar
 
 
 def format_seconds(seconds: float) -> str:
@@ -57,9 +59,11 @@ class Reporter:
         self._task = self._progress.add_task(stage, total=units or None)
 
     def show(self, text: str) -> None:
-        """Change the text beside the bar."""
+        """Change the text beside the bar; where there is none, print it if nothing was printed for ten minutes."""
         if self._progress is not None:
             self._progress.update(self._task, description=text)
+        if self._silent_for(VERY_LONG):
+            self.line(text)
 
     def advance(self, units: int = 1) -> None:
         """Count finished pieces."""
@@ -88,8 +92,11 @@ class Reporter:
 
     def line_if_long(self, text: str) -> None:
         """Print a line where there is no bar and none was printed for a minute."""
-        if not self.console.is_terminal and time.monotonic() - self._spoke > LONG:
+        if self._silent_for(LONG):
             self.line(text)
+
+    def _silent_for(self, seconds: float) -> bool:
+        return not self.console.is_terminal and time.monotonic() - self._spoke > seconds
 
     def end(self) -> None:
         """Take the bar away."""
@@ -98,42 +105,57 @@ class Reporter:
             self._progress = None
 
 
+def batches_left(trainer: L.Trainer) -> int:
+    """Return how many batches a training still has before it, as far as that is known; otherwise 0."""
+    epochs, steps, batches = trainer.max_epochs or 0, trainer.max_steps, trainer.num_training_batches
+    known = []
+    if epochs > 0 and batches != float("inf"):
+        known.append((epochs - trainer.current_epoch) * batches)
+    if steps > 0:
+        known.append((steps - trainer.global_step) * trainer.accumulate_grad_batches)
+    return int(min(known, default=0))
+
+
 class LossOnBar(L.Callback):
-    """Shows the running loss of an inner Trainer beside the bar."""
+    """Shows how far an inner Trainer is, and its running loss, beside the bar."""
 
     def __init__(self, reporter: Reporter, text: str) -> None:
         self.reporter, self.text = reporter, text
         self._last = 0.0
+        self._batches = ""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note how many batches there are in all."""
+        left = batches_left(trainer)
+        self._batches = f"/{trainer.fit_loop.total_batch_idx + 1 + left}" if left else ""
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Refresh twice a second: reading a loss waits for the device."""
         now = time.monotonic()
-        if now - self._last > 0.5:
+        if now - self._last > REFRESH:
             self._last = now
             loss = trainer.callback_metrics.get("train/loss_step", trainer.callback_metrics.get("train/loss"))
-            self.reporter.show(self.text + (f" · loss {float(loss):.3f}" if loss is not None else ""))
+            batch = f"batch {trainer.fit_loop.total_batch_idx + 1}{self._batches}"
+            parts = [self.text, batch, f"loss {float(loss):.3f}" if loss is not None else ""]
+            self.reporter.show(" · ".join(part for part in parts if part))
 
 
-class EpochProgress(L.Callback):
+class EpochProgress(LossOnBar):
     """Tells of a training without a federation what is told of rounds: a bar of its batches, a line for each epoch."""
 
     def __init__(self, reporter: Reporter) -> None:
-        self.reporter = reporter
+        super().__init__(reporter, "")
         self._validated = -1  # the epoch whose scores are in the trainer's metrics
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin with what is left to train, as far as that is known."""
-        epochs, steps, batches = trainer.max_epochs or 0, trainer.max_steps, trainer.num_training_batches
-        known = []
-        if epochs > 0 and batches != float("inf"):
-            known.append((epochs - trainer.current_epoch) * batches)
-        if steps > 0:
-            known.append((steps - trainer.global_step) * trainer.accumulate_grad_batches)
-        self.reporter.begin("batches", int(min(known, default=0)))
+        super().on_train_start(trainer, pl_module)
+        self.reporter.begin("batches", batches_left(trainer))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Count the batch."""
         self.reporter.advance()
+        super().on_train_batch_end(trainer, pl_module, *args)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note that the scores are of this epoch."""
