@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader
 from fkd_med.checkpoints import read_checkpoint
 from fkd_med.distillation import Companions
 from fkd_med.errors import ConfigError
-from fkd_med.federated import Federation
+from fkd_med.federated import Availability, Federation, Fraction
 from fkd_med.federated.policy import TensorPolicy, recalibrated
+from fkd_med.modules.personal import merge
 
 
 class Mixed(nn.Module):
@@ -175,3 +176,32 @@ def test_frozen_tensors_stay_and_do_not_travel(fed, tmp_path, captured) -> None:
     assert torch.equal(start["network.0.weight"], after["network.0.weight"])
     assert not torch.equal(start["network.3.weight"], after["network.3.weight"])
     assert not any(name.startswith("network.0.") for message in captured for name in message.state)
+
+
+def test_a_hospital_that_never_took_part_is_scored_with_the_global_student(fed, tmp_path) -> None:
+    """Otherwise the rounds, and what is kept of them, would be compared over different hospitals."""
+    absent = Availability(Fraction(1.0), {"c": []})
+    module = fed.student()
+    trainer = fed.trainer(tmp_path, Federation(rounds=2, participation=absent, batch_norm="local"))
+    trainer.fit(module, datamodule=fed.Hospitals())
+    assert set(module.personal.by_client) == {"a", "b"} and not module.personal.best
+    assert {row.client for row in module.evaluated} == {"a", "b", "c"}
+    again = fed.student()
+    fed.trainer(tmp_path, Federation(rounds=2, participation=absent, batch_norm="local")).test(
+        again, datamodule=fed.Hospitals(), ckpt_path=str(tmp_path / "checkpoints/last.ckpt"), verbose=False
+    )
+    assert {row.client for row in again.evaluated} == {"a", "b", "c"}
+
+
+def test_recalibration_is_of_all_the_tensors_that_a_hospital_predicts_with(fed, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(
+        fed.Hospitals, "client_train_eval_dataloader", lambda self, client: self._evaluation(client, "train"),
+        raising=False,
+    )  # fmt: skip
+    module = run(fed, tmp_path, batch_norm="recalibrate", personal=["network.0.*"])
+    shared = fed.weights(module)
+    for client, own in module.personal.by_client.items():
+        student = fed.student()
+        student.load_state_dict(merge(shared, own))
+        found = recalibrated(student, fed.Hospitals()._evaluation(client, "train"))
+        assert found and all(torch.equal(tensor, own[name]) for name, tensor in found.items())

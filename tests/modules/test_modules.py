@@ -270,7 +270,8 @@ def test_best_personal_tensors_are_each_clients_own() -> None:
     module = nn.Linear(1, 1)
     personal = PersonalTensors(module)
     for round, (a, b) in enumerate([(0.1, 0.9), (0.5, 0.2), (0.3, 0.8)], start=1):
-        personal.by_client = {client: {"bias": torch.tensor([float(round)])} for client in "ab"}
+        students = {client: {"weight": torch.ones(1, 1), "bias": torch.tensor([float(round)])} for client in "ab"}
+        personal.by_client = students
         personal.note("a", a), personal.note("b", b)
     restored = PersonalTensors(module)
     restored.load_state_dict(personal.state_dict())

@@ -150,11 +150,13 @@ class Report:
     # --- files ------------------------------------------------------------------------------------------------
 
     def _export(self, model: SegmentationModule) -> None:
-        """Write student.ckpt; of a local-only run, one per client."""
+        """Write student.ckpt; one per client where clients keep students, or parts of them."""
         shared = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
         if not model.personal.by_client:
             write_checkpoint(self._exported(model, shared), self.run_dir.student)
-        for client in model.personal.by_client:
+            return
+        alone = model.personal.are_students  # otherwise a client that never took part has the shared tensors
+        for client in model.personal.by_client if alone else self._hospitals(training=True):
             personal = model.personal.of(client)
             folder = self.run_dir.client(client)
             folder.mkdir(parents=True, exist_ok=True)

@@ -35,16 +35,17 @@ def show_personal(
             f"This federation keeps a student, or parts of one, per client (aggregator, batch_norm or personal), "
             f"which {type(server).__name__} cannot hold: derive your module from fkd_med.modules.SegmentationModule."
         )
-    personal.keeps_best = federation.keeps_students  # else its own tensors belong to the global ones of the round
     personal.by_client |= {client: states.load(client).personal for client in clients}
     if federation.policy.batch_norm == "recalibrate" and not federation.keeps_students:
         for client in data.client_names():
-            own = personal.by_client.get(client, {})
-            personal.by_client[client] = own | _statistics(server, data, client)
+            personal.enter(client)  # statistics are of all the tensors that the client predicts with
+            statistics = _statistics(server, data, client)
+            personal.leave()
+            personal.by_client[client] = personal.by_client.get(client, {}) | statistics
 
 
 def _statistics(server: L.LightningModule, data: Any, client: str) -> State:
-    """Return a client's BatchNorm statistics under the new global weights."""
+    """Return a client's BatchNorm statistics under the weights that the module holds at this moment."""
     give = getattr(data, "client_train_eval_dataloader", None)
     if give is None:
         raise ConfigError(

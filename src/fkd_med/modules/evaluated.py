@@ -111,8 +111,8 @@ class EvaluatedModule(LightningModule):
     def _finish(self, split: str) -> None:
         self.personal.leave()
         self.evaluated, losses = self._gather(self._rows, self._losses)
-        if own := self.personal.by_client:  # alone, a client without a student of its own has no scores
-            self.evaluated = [row for row in self.evaluated if row.client in own]
+        if self.personal.are_students:  # a client without a student of its own has no scores
+            self.evaluated = [row for row in self.evaluated if row.client in self.personal.by_client]
         self._rows, self._losses = [], []
         if not self.evaluated:
             return

@@ -30,13 +30,11 @@ class PersonalTensors:
         self.by_client: dict[str, State] = {}
         self.best: dict[str, State] = {}
         self.best_score: dict[str, float] = {}
-        self.keeps_best = True  # alone, each client stops at its own best; beside global tensors, its latest belong
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PersonalTensors:
         """Copy for the copy of the module that is being made; the tensors, never changed in place, are shared."""
         new = PersonalTensors(memo.get(id(self._module), self._module))
         new.by_client, new.best, new.best_score = dict(self.by_client), dict(self.best), dict(self.best_score)
-        new.keeps_best = self.keeps_best
         return new
 
     def __getstate__(self) -> dict[str, Any]:
@@ -52,6 +50,12 @@ class PersonalTensors:
         module = self._owner()
         assert module is not None, "these tensors belong to a module that is gone"
         return module
+
+    @property
+    def are_students(self) -> bool:
+        """Whether clients keep whole students, as they do alone, and not parts beside those of the global one."""
+        names = self._module.state_dict().keys()
+        return bool(self.by_client) and all(own.keys() >= names for own in self.by_client.values())
 
     def enter(self, client: str | None, best: bool = False) -> None:
         """Load the merged state of `client`; nothing happens while no client has personal tensors.
@@ -69,8 +73,11 @@ class PersonalTensors:
         self._entered = (client, best)
 
     def note(self, client: str, score: float) -> None:
-        """Keep a client's tensors if they validate better than all before: alone, each client stops at its best."""
-        if self.keeps_best and client in self.by_client and score > self.best_score.get(client, float("-inf")):
+        """Keep a client's student if it validates better than all before: alone, each client stops at its best.
+
+        Parts of a student belong to the global tensors of their round, so none are kept.
+        """
+        if self.are_students and client in self.by_client and score > self.best_score.get(client, float("-inf")):
             self.best_score[client] = score
             self.best[client] = self.by_client[client]
 
@@ -81,8 +88,8 @@ class PersonalTensors:
             self._shared = self._entered = None
 
     def of(self, client: str) -> State:
-        """Return the tensors a client predicts with: those of its best validation, else the latest."""
-        return self.best.get(client) or self.by_client[client]
+        """Return the client's own of the tensors it predicts with: of its best validation, else the latest."""
+        return self.best.get(client) or self.by_client.get(client, {})
 
     def state_dict(self) -> dict[str, Any]:
         """Return the latest and best personal tensors by client, and the best scores."""
