@@ -11,12 +11,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from fkd_med.aggregation import FedAvg
 from fkd_med.communication import Broadcast
 from fkd_med.data.datasets import collate
 from fkd_med.distillation.views import of_views
 from fkd_med.errors import ConfigError
 from fkd_med.evaluation import score_image
-from fkd_med.federated import ClientWorker, Federation, GlobalDistillation, TeachWhileAhead
+from fkd_med.federated import ClientWorker, Federation, FedProx, GlobalDistillation, TeachWhileAhead
 from fkd_med.federated.ahead import validation_dice
 from fkd_med.federated.client_state import ClientStates
 from fkd_med.losses import LogitKL, Ramp
@@ -212,3 +213,37 @@ def test_what_it_cannot_work_with_is_refused_before_training(fed, tmp_path) -> N
 
     with pytest.raises(ConfigError, match="'b' has none"):
         rule.check(fed.distilled(tmp_path), Bare())
+
+
+def test_the_student_is_compared_as_the_server_saw_it_where_statistics_neither_travel_nor_stay(
+    fed, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(
+        fed.Hospitals, "client_train_eval_dataloader", lambda self, client: self._evaluation(client, "train"),
+        raising=False,
+    )  # fmt: skip
+    module = fed.distilled(None, source=Given(Threshold(GOOD)))
+    recipe = Federation(rounds=3, batch_norm="recalibrate", client_rules=[TeachWhileAhead()])
+    fed.trainer(tmp_path, recipe).fit(module, datamodule=fed.Hospitals())
+    told = {}
+    for row in (tmp_path / "metrics.csv").read_text().splitlines()[1:]:
+        step, name, value = row.split(",")
+        told[int(step), name] = float(value)
+    for client in "abc":
+        scores = dices_by_hand(fed.Hospitals(), client, Threshold(GOOD))
+        for round in (2, 3):
+            student = sum(scores) / len(scores) - told[round, f"{client}/train/teacher_lead"]
+            assert student == pytest.approx(told[round - 1, f"{client}/val_dice"], abs=1e-6)
+
+
+def test_alone_the_rule_acts_as_in_a_federation_of_one(fed, tmp_path) -> None:
+    """An arm of hospitals alone is otherwise told apart from its federation by the rule, too."""
+    rules = [TeachWhileAhead(), GlobalDistillation(memory=0.5, beside_teacher=False), FedProx(0.1)]
+    states = []
+    for name, aggregator in (("alone", None), ("one", FedAvg())):
+        module = fed.distilled(None, source=Given(Threshold(BAD)))
+        recipe = Federation(rounds=3, aggregator=aggregator, client_rules=rules)
+        fed.trainer(tmp_path / name, recipe).fit(module, datamodule=fed.Hospitals({"a": 8}))
+        states.append(module.personal.by_client["a"] if aggregator is None else fed.weights(module))
+        assert "a/train/teacher_lead" in (tmp_path / name / "metrics.csv").read_text()
+    assert fed.same(*states)

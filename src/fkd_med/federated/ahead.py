@@ -79,6 +79,7 @@ class TeachWhileAhead(ClientRule):
         assert isinstance(pl_module, DistillationModule)
         if pl_module.active_losses and pl_module.teacher_source is not None:
             around = Surroundings.of(trainer)
+            self.complete(pl_module.network)
             student = validation_dice(pl_module.network, self._data, self._client, around)
             lead = self._teachers(pl_module, around) - student
             pl_module.log("train/teacher_lead", lead, on_step=False, on_epoch=True, batch_size=1)

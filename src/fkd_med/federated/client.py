@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import lightning as L
-from torch import Tensor
+from torch import Tensor, nn
 
-from fkd_med.communication import Broadcast, Extras, Update
+from fkd_med.communication import Broadcast, Extras, State, Update
 from fkd_med.distillation import TeacherMaps
 from fkd_med.errors import ConfigError
 from fkd_med.federated.client_data import ClientData
 from fkd_med.federated.client_state import ClientState, ClientStates
 from fkd_med.federated.federation import Federation
 from fkd_med.federated.inner import inner_trainer, is_trial, release
+from fkd_med.federated.policy import images_of, recalibrated
 from fkd_med.federated.progress import LossOnBar, Reporter
 from fkd_med.federated.quiet import quiet
 from fkd_med.modules import DistillationModule
@@ -125,10 +127,12 @@ class ClientWorker:
         worker.__dict__.pop("configure_optimizers", None)  # the server's stand-in, see FederatedTrainer
         worker.load_state_dict(merge(merge(worker.state_dict(), broadcast.state), before.personal))
         self.federation.policy.freeze(worker)
-        rules = [] if self.federation.is_local else copy.deepcopy(self.federation.client_rules)
+        rules = copy.deepcopy(self.federation.acting_rules)
         for rule in rules:
             rule.meet(self.data, client, self.seed)
-            rule.begin(broadcast, before.rules.get(type(rule).__name__, {}))
+            if self.federation.recalibrates:
+                rule.statistics = partial(self._statistics, client)
+            rule.begin(self._start(broadcast, before), before.rules.get(type(rule).__name__, {}))
         companions = worker.companions if isinstance(worker, DistillationModule) else None
         with seeded(self.seed, broadcast.round, client), quiet():
             if self.prepare is not None:
@@ -169,6 +173,14 @@ class ClientWorker:
             num_steps=steps,
             metrics=metrics,
         )
+
+    def _start(self, broadcast: Broadcast, before: ClientState) -> Broadcast:
+        """Return what rules take for the global student; alone, a client's own is all that its federation knows."""
+        alone = self.federation.is_local
+        return replace(broadcast, state=merge(broadcast.state, before.personal)) if alone else broadcast
+
+    def _statistics(self, client: str, network: nn.Module) -> State:
+        return recalibrated(network, images_of(self.data, client))
 
     def _keep(self, client: str, round: int, personal: dict[str, Tensor], after: ClientState) -> None:
         """Write what stays with the client."""

@@ -199,8 +199,8 @@ class Federation:
             self.chaos.check(clients)
         if self.aggregator is not None:
             self.aggregator.begin(len(clients))
-            for rule in self.client_rules:
-                rule.check(student, data)
+        for rule in self.acting_rules:
+            rule.check(student, data)
         self.logits = shared_logits(student, data) if self.share_logits else None
         if self.server_distillation is not None:
             self.server_distillation.check(student, self.policy)
@@ -216,9 +216,19 @@ class Federation:
         return self.aggregator is None
 
     @property
+    def acting_rules(self) -> list[ClientRule]:
+        """The client rules in force: alone, those that neither send nor wait for anything, as if of one client."""
+        return [rule for rule in self.client_rules if not (self.is_local and rule.sections)]
+
+    @property
     def keeps_students(self) -> bool:
         """Whether every client keeps a whole student of its own: alone, or where no weights travel."""
         return self.policy.everything_stays
+
+    @property
+    def recalibrates(self) -> bool:
+        """Whether BatchNorm's statistics neither travel nor stay, so that each look at a student needs them afresh."""
+        return self.policy.batch_norm == "recalibrate" and not self.keeps_students
 
     @property
     def sections(self) -> frozenset[str]:

@@ -113,6 +113,7 @@ class GlobalDistillation(ClientRule):
         teacher = copy.deepcopy(module.network)
         mean = {name.removeprefix("network."): tensor for name, tensor in self._mean.items()}
         teacher.load_state_dict({name: mean.get(name, tensor) for name, tensor in teacher.state_dict().items()})
+        self.complete(teacher)
         return teacher
 
     def _added(self, terms_of: Terms, weight: float) -> Terms:

@@ -6,12 +6,10 @@ from typing import Any
 
 import lightning as L
 
-from fkd_med.communication import State
 from fkd_med.errors import ConfigError
 from fkd_med.federated.client_state import ClientStates
 from fkd_med.federated.federation import Federation
-from fkd_med.federated.policy import recalibrated
-from fkd_med.modules.teacher_cache import every_image_once
+from fkd_med.federated.policy import images_of, recalibrated
 
 
 def show_personal(
@@ -36,20 +34,9 @@ def show_personal(
             f"which {type(server).__name__} cannot hold: derive your module from fkd_med.modules.SegmentationModule."
         )
     personal.by_client |= {client: states.load(client).personal for client in clients}
-    if federation.policy.batch_norm == "recalibrate" and not federation.keeps_students:
+    if federation.recalibrates:
         for client in data.client_names():
             personal.enter(client)  # statistics are of all the tensors that the client predicts with
-            statistics = _statistics(server, data, client)
+            statistics = recalibrated(server, images_of(data, client))
             personal.leave()
             personal.by_client[client] = personal.by_client.get(client, {}) | statistics
-
-
-def _statistics(server: L.LightningModule, data: Any, client: str) -> State:
-    """Return a client's BatchNorm statistics under the weights that the module holds at this moment."""
-    give = getattr(data, "client_train_eval_dataloader", None)
-    if give is None:
-        raise ConfigError(
-            f"federation.batch_norm: recalibrate needs the training images in order, and {type(data).__name__} has no "
-            "client_train_eval_dataloader: use average or local."
-        )
-    return recalibrated(server, every_image_once(give(client)))

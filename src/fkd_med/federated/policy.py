@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 from fnmatch import fnmatchcase
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from fkd_med.communication import State
 from fkd_med.errors import ConfigError
+from fkd_med.modules.teacher_cache import every_image_once
 from fkd_med.networks.eval_mode import evaluating
 
 BatchNormPolicy = Literal["average", "local", "recalibrate"]
@@ -94,6 +95,21 @@ def batch_norms(module: nn.Module) -> dict[str, _BatchNorm]:
     """Return the BatchNorm layers of a module, by path; those of companions, outside its state, are none of it."""
     held = {name.rpartition(".")[0] for name in module.state_dict()}
     return {path: layer for path, layer in module.named_modules() if isinstance(layer, _BatchNorm) and path in held}
+
+
+def images_of(data: Any, client: str) -> DataLoader[dict[str, Tensor]]:
+    """Return a client's training images, each once and in order, to recalibrate with.
+
+    Raises:
+        ConfigError: the data module does not give them.
+    """
+    give = getattr(data, "client_train_eval_dataloader", None)
+    if give is None:
+        raise ConfigError(
+            f"federation.batch_norm: recalibrate needs the training images in order, and {type(data).__name__} has no "
+            "client_train_eval_dataloader: use average or local."
+        )
+    return every_image_once(give(client))
 
 
 @torch.no_grad()

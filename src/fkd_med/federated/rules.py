@@ -8,6 +8,7 @@ with the client.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import lightning as L
@@ -28,9 +29,16 @@ class ClientRule(L.Callback):
     """The sections of an update that this rule supplies."""
     starts_afresh: ClassVar[bool] = False
     """Whether the rule's formula is of optimizers that begin each round anew."""
+    statistics: Callable[[nn.Module], State] | None = None
+    """Gives a network its BatchNorm statistics where these neither travel nor stay: of the client's training images."""
 
     def check(self, module: nn.Module, data: Any) -> None:
         """Refuse, before any work, a module or a data module that this rule cannot use (ConfigError)."""
+
+    def complete(self, network: nn.Module) -> None:
+        """Bring a network that is about to be asked in eval mode to its own BatchNorm statistics, see `statistics`."""
+        if self.statistics is not None:
+            network.load_state_dict({**network.state_dict(), **self.statistics(network)})
 
     def meet(self, data: Any, client: str, seed: int) -> None:
         """Take the data module, the client's name and the run's seed, before `begin`; most rules need none of them."""
