@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import lightning as L
+import numpy as np
+import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
 _ENVIRONMENT = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
@@ -55,3 +58,19 @@ def seeded(*entropy: int | str) -> Iterator[int]:
                     os.environ[name] = value
     if error is not None:
         raise error
+
+
+class SeedEpochs(L.Callback):
+    """Seeds what each epoch draws, such as dropout, by its number: a resumed training draws what a whole one does.
+
+    Args:
+        entropy: names the training, as for `derive_seed`.
+    """
+
+    def __init__(self, *entropy: int | str) -> None:
+        self.entropy = entropy
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Seed Python, NumPy and torch."""
+        seed = derive_seed(*self.entropy, trainer.current_epoch)
+        random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)

@@ -374,7 +374,8 @@ def test_damaged_teacher_is_trained_again(fed, tmp_path, monkeypatch, damage) ->
     assert path.read_bytes() == good
 
 
-def test_interrupted_training_resumes_at_the_epoch(fed, tmp_path) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_interrupted_training_resumes_at_the_epoch(fed, tmp_path, dropout) -> None:
     class StopError(Exception):
         pass
 
@@ -388,7 +389,8 @@ def test_interrupted_training_resumes_at_the_epoch(fed, tmp_path) -> None:
             Dies.opened.append(self.current_epoch)
 
     def stage(folder: str) -> TeacherStage:
-        module = Dies(fed.network(6, seed=1), optimizer=fed.adam, scheduler=WarmupCosine)
+        network = nn.Sequential(fed.network(6, seed=1), nn.Dropout(dropout))
+        module = Dies(network, optimizer=fed.adam, scheduler=WarmupCosine)
         return fed.teacher_stage(tmp_path / folder, module=module, epochs=4)
 
     whole = ensure(fed, stage("whole"))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fkd_med.distillation import match
-from fkd_med.losses import IFVD, BoundaryKL, LogitKL, Pixels, RegionAffinity, logit_kl
-from fkd_med.modules import DistillationModule, MutualDistillationModule, SegmentationModule
+from fkd_med.losses import IFVD, BoundaryKL, LogitKL, Pixels, Ramp, RegionAffinity, logit_kl
+from fkd_med.modules import DistillationModule, MutualDistillationModule, RunClock, SegmentationModule
 from fkd_med.modules.labels import labelled_rows, only_labelled
 
 SIZE = 8
@@ -63,6 +63,22 @@ def test_plain_training_passes_over_images_without_a_mask() -> None:
     module.learns_from_unlabelled = True  # as GlobalDistillation asks for
     torch.testing.assert_close(module.loss_terms(mixed)["supervised"], alone)
     assert seen == [2, 4]
+
+
+@pytest.mark.parametrize("kind", [DistillationModule, MutualDistillationModule])
+def test_where_no_term_speaks_images_without_a_mask_are_not_even_looked_at(kind: Any) -> None:
+    fading = LogitKL(1.0, schedule=Ramp(first=1.0, last=0.0, begin=0.5, end=0.5))
+    module = kind(network(), losses={"kd": fading})
+    module.attach_teacher(network())
+    seen: list[int] = []
+    module.network.register_forward_hook(lambda net, given, out: seen.append(len(given[0])))
+    mixed = batch([True, False, True, False])
+    for round in (1, 2):
+        module.clock = RunClock(round=round, step=round - 1, total_steps=2, rounds=2)
+        module.loss_terms(mixed)
+    module.learns_from_unlabelled = True
+    module.loss_terms(mixed)
+    assert seen == [4, 2, 4]
 
 
 def test_distillation_learns_from_all_images_and_masks_from_theirs() -> None:

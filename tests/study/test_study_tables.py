@@ -194,3 +194,10 @@ def test_validation_takes_the_round_that_was_kept(study: Study, jobs: list[Job])
     outcomes = read_outcomes(jobs, "val")
     kept = {arm: sorted((r.client, r.round) for r in outcomes["x", "", arm].rows[0]) for arm in ("plain", "extra")}
     assert kept == {"plain": [("a", 2), ("b", 2)], "extra": [("a", 2), ("b", 1)]}
+
+
+def test_a_baseline_trained_beside_an_arm_does_not_take_its_place(jobs: list[Job]) -> None:
+    job = jobs[3]
+    finish(job, [row(0.8), row(0.5, arm="local-only", round=2), row(0.9, model="teacher", arm="")])
+    (outcome,) = read_outcomes(jobs).values()
+    assert [r.dice for r in outcome.rows[job.seed]] == [0.8] and [r.dice for r in outcome.teacher[job.seed]] == [0.9]

@@ -29,7 +29,7 @@ from fkd_med.files import atomic_write_bytes, atomic_write_text
 from fkd_med.locks import queued
 from fkd_med.modules import SegmentationModule, TeacherSource
 from fkd_med.ranks import as_first_rank_says, is_first_rank, mean_of_ranks
-from fkd_med.seeding import global_seed, seeded
+from fkd_med.seeding import SeedEpochs, global_seed, seeded
 
 POOLED = "all-clients"
 
@@ -179,11 +179,18 @@ class TeacherStage(TeacherSource):
             dirpath=folder / "training", filename="best", monitor="val/dice", mode="max", enable_version_counter=False
         )
         curve = TeacherCurve(name, epochs, reporter, options.get("log"))
+        draws = SeedEpochs(global_seed(), "teacher", name)
         with seeded(global_seed(), "teacher", name), quiet():
             trainer = inner_trainer(
                 options["flags"],
                 max_epochs=epochs,
-                callbacks=[best, LastCheckpoint(folder / "training"), curve, LossOnBar(reporter, f"teacher · {name}")],
+                callbacks=[
+                    best,
+                    LastCheckpoint(folder / "training"),
+                    curve,
+                    draws,
+                    LossOnBar(reporter, f"teacher · {name}"),
+                ],
                 enable_checkpointing=True,
                 plugins=[SafeCheckpointIO()],
                 default_root_dir=folder,

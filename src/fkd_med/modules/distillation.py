@@ -244,6 +244,7 @@ class DistillationModule(SegmentationModule):
     def loss_terms(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return the weighted supervised loss and distillation terms of a batch."""
         weights = self.term_weights
+        batch = self.learned_part(batch, by_terms=bool(weights))
         if self._student_taps is None:
             self._student_taps = Taps(self.network, [t.student_tap for t in self.active_losses.values()], "the student")
         shown = self._student_taps(batch["image"], self)

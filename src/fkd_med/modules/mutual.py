@@ -147,13 +147,14 @@ class MutualDistillationModule(DistillationModule):
         """
         if not self.active_losses:
             return super().loss_terms(batch)
+        weights = self.term_weights
+        batch = self.learned_part(batch, by_terms=bool(weights))
         student, teacher = self._look(batch["image"])
         terms = {
             "supervised": supervised_part(self.loss, student[LOGITS], batch),
             "teacher_supervised": supervised_part(self.loss, teacher[LOGITS], batch),
         }
         trust = trust_of(terms["supervised"], terms["teacher_supervised"])
-        weights = self.term_weights
         pixels = pixels_of(batch, student[LOGITS])
         for name, weight in weights.items():
             term, connector = self.losses[name], self.companions.of(name)

@@ -83,9 +83,19 @@ class SegmentationModule(EvaluatedModule):
         Images without a mask are passed over, unless another part of the loss learns from them
         (`learns_from_unlabelled`).
         """
-        if not self.learns_from_unlabelled:
-            batch = only_labelled(batch)
+        batch = self.learned_part(batch)
         return {"supervised": supervised_part(self.loss, self(batch["image"]), batch)}
+
+    def learned_part(self, batch: dict[str, Any], by_terms: bool = False) -> dict[str, Any]:
+        """Return the images that a loss is learned from: without a term that needs no mask, those that have one.
+
+        Others would only change BatchNorm's statistics.
+
+        Args:
+            batch: with or without `labelled`.
+            by_terms: whether terms of the module's own learn from images without a mask at this moment.
+        """
+        return batch if by_terms or self.learns_from_unlabelled else only_labelled(batch)
 
     def _refuse_non_finite(
         self, loss: Tensor, terms: Mapping[str, Tensor], batch: dict[str, Any], batch_idx: int

@@ -56,7 +56,11 @@ def read_outcomes(jobs: Iterable[Job], split: Split = "test") -> dict[tuple[str,
             continue
         outcome = outcomes.setdefault((job.data, job.teacher, job.arm), Outcome())
         table = ImageTable.read(job.run / "images.csv")
-        for rows in group_arms(table.latest("test") if split == "test" else _best(table)).values():
+        arms = list(group_arms(table.latest("test") if split == "test" else _best(table)).values())
+        federated = any(rows[0].arm == "federated" for rows in arms)
+        for rows in arms:
+            if federated and rows[0].arm == "local-only":  # a baseline that the run trained beside its own student
+                continue
             (outcome.teacher if rows[0].model == "teacher" else outcome.rows)[job.seed] = rows
         outcome.bytes[job.seed] = sum(read_bytes(job.run / "ledger.csv").values())
         outcome.seconds[job.seed] = float(job.note().get("seconds", 0.0))
