@@ -272,8 +272,21 @@ def test_key_changes_with_all_that_decides_a_teacher(fed, tmp_path, monkeypatch)
     from_yaml.hparams["teacher"] = {"init_args": {"module": {"init_args": {"network": {"encoder_weights": None}}}}}
     pretrained = module()
     pretrained.hparams["teacher"] = {"init_args": {"module": {"init_args": {"network": {"encoder_weights": "x"}}}}}
+    def with_seed(seed: int) -> Any:
+        data = fed.Hospitals()
+        data.seed = seed
+        return data
+
+    def attention(heads: int) -> nn.Module:
+        made = nn.Sequential(*fed.network(6))
+        made.heads = heads  # shows neither in its text nor in its tensors
+        return made
+
     found = {
         "": keys(fed, tmp_path),
+        "order": keys(fed, tmp_path, data=with_seed(3)),
+        "two heads": keys(fed, tmp_path, module=module(attention(2))),
+        "three heads": keys(fed, tmp_path, module=module(attention(3))),
         "images": keys(fed, tmp_path, data=fed.Hospitals(content="other")),
         "batch size": keys(fed, tmp_path, data=fed.Hospitals(batch_size=2)),
         "augmentation": keys(fed, tmp_path, data=with_augmentation(default_augmentation())),

@@ -1,7 +1,8 @@
 """By what a teacher is found again: everything that decides its weights, and nothing else.
 
-The client's images, the module's whole configuration, the seed, the preprocessing, the precision and the network's
-tensors; never devices or paths.
+The client's images, the module's whole configuration, the seeds, the preprocessing, the precision and the network's
+tensors; never devices or paths. Nor its first weights, which a run draws after those of its student: hospitals keep their
+teachers whatever the student, and of two runs that could draw one differently, the first one does.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import nn
 from fkd_med.modules import SegmentationModule
 from fkd_med.modules.settings import is_plain
 from fkd_med.modules.teacher import digest_of
+from fkd_med.modules.teacher_cache import signature
 from fkd_med.seeding import global_seed
 
 _NUMERICS = (
@@ -44,6 +46,7 @@ def teacher_key(
         "module": describe(module),
         "epochs": epochs,
         "seed": global_seed(),
+        "data_seed": getattr(data, "seed", None),  # of order and augmentation, where it is not that of the run
         "batch_size": getattr(data, "batch_size", None),
         "augmentation": describe_augmentation(getattr(data, "augmentation", None)),
         **{name: str(flags[name]) for name in _NUMERICS if name in flags},
@@ -61,7 +64,7 @@ def describe(module: SegmentationModule) -> dict[str, Any]:
     optimizer = module.optimizer([parameter])
     described: dict[str, Any] = {
         "configuration": _without_files(_configuration(module), getattr(module.network, "files", ())),
-        "network": str(module.network),
+        "network": [str(module.network), signature(module.network)],
         "tensors": {k: [str(v.dtype), *v.shape] for k, v in module.network.state_dict().items()},
         "loss": [[type(part).__name__, _plain_attributes(part)] for part in module.loss.modules()],
         "optimizer": [type(optimizer).__name__, {k: str(v) for k, v in optimizer.defaults.items()}],
