@@ -272,6 +272,7 @@ def test_key_changes_with_all_that_decides_a_teacher(fed, tmp_path, monkeypatch)
     from_yaml.hparams["teacher"] = {"init_args": {"module": {"init_args": {"network": {"encoder_weights": None}}}}}
     pretrained = module()
     pretrained.hparams["teacher"] = {"init_args": {"module": {"init_args": {"network": {"encoder_weights": "x"}}}}}
+
     def with_seed(seed: int) -> Any:
         data = fed.Hospitals()
         data.seed = seed

@@ -227,6 +227,23 @@ def test_alone_equals_training_each_client_by_itself(fed, tmp_path, alone) -> No
     assert fed.same(single.personal.by_client["b"], module.personal.by_client["b"])
 
 
+def test_alone_rows_are_of_the_round_whose_weights_were_scored(fed, tmp_path, alone) -> None:
+    trainer, module = alone
+    scores: dict[str, dict[int, list[float]]] = {}
+    for r in ImageTable.read(tmp_path / "images.csv").of("val"):
+        scores.setdefault(r.client, {}).setdefault(r.round, []).append(r.dice)
+    best = {client: max(own, key=lambda r: (sum(own[r]), -r)) for client, own in scores.items()}
+    assert len(set(best.values())) > 1, "hospitals that stop at different rounds"
+    before = {r.key: r for r in ImageTable.read(tmp_path / "images.csv").of("val")}
+    last = str(tmp_path / "checkpoints/last.ckpt")
+    again = fed.student()
+    for verb in (trainer.test, trainer.validate):
+        verb(again, datamodule=fed.Hospitals(), ckpt_path=last, verbose=False)
+        assert {row.client: row.round for row in again.evaluated} == best
+    after = {r.key: r for r in ImageTable.read(tmp_path / "images.csv").of("val")}
+    assert after == before, "no round is rewritten with scores of another one"
+
+
 def test_alone_each_client_is_scored_with_its_own_tensors(fed, tmp_path, alone) -> None:
     _, module = alone
     rows = {r.id: r.dice for r in ImageTable.read(tmp_path / "images.csv").rows if r.round == 3}

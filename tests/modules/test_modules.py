@@ -272,15 +272,15 @@ def test_best_personal_tensors_are_each_clients_own() -> None:
     for round, (a, b) in enumerate([(0.1, 0.9), (0.5, 0.2), (0.3, 0.8)], start=1):
         students = {client: {"weight": torch.ones(1, 1), "bias": torch.tensor([float(round)])} for client in "ab"}
         personal.by_client = students
-        personal.note("a", a), personal.note("b", b)
+        personal.note("a", a, round), personal.note("b", b, round)
     restored = PersonalTensors(module)
     restored.load_state_dict(personal.state_dict())
     for holder in (personal, restored, copy.deepcopy(restored)):
         assert [holder.of(client)["bias"].item() for client in "ab"] == [2.0, 1.0]
         holder.enter("a", best=True)
-        assert module.bias.item() == 2.0
+        assert module.bias.item() == 2.0 and holder.round_of("a", 3) == 2
         holder.enter("a")
-        assert module.bias.item() == 3.0
+        assert module.bias.item() == 3.0 and holder.round_of("a", 3) == 3
         holder.leave()
 
 

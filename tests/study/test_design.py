@@ -24,6 +24,15 @@ def test_a_right_one_passes(study: Study) -> None:
         ({"presets": {"few": Preset([0], cells=["x/huge"])}}, "presets.few.cells.*x/huge"),
         ({"presets": {"few": Preset([0], arms=["plane"])}}, "presets.few.arms.*Did you mean plain"),
         ({"presets": {"few": Preset([0], {"federatet": {}})}}, "presets.few.settings.*Did you mean federated"),
+        (
+            {
+                "arms": {
+                    "plain": Arm("p", ["a"], ["federatd"]),
+                    "taught": Arm("t", ["a"], ["federated", "{teacher}_taught"]),
+                }
+            },
+            "arms.plain.settings.*'federatd'.*Did you mean federated",
+        ),
         ({"arms": {"plain": Arm("p", []), "taught": Arm("t", ["a"])}}, "arms.plain.configs is empty"),
         ({"arms": {"plain": Arm("p", ["a"], cells=["x"]), "taught": Arm("t", ["a"])}}, "arms.plain.cells.*'x'"),
     ],

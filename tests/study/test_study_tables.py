@@ -201,3 +201,11 @@ def test_a_baseline_trained_beside_an_arm_does_not_take_its_place(jobs: list[Job
     finish(job, [row(0.8), row(0.5, arm="local-only", round=2), row(0.9, model="teacher", arm="")])
     (outcome,) = read_outcomes(jobs).values()
     assert [r.dice for r in outcome.rows[job.seed]] == [0.8] and [r.dice for r in outcome.teacher[job.seed]] == [0.9]
+
+
+def test_validation_rows_are_of_the_round_that_was_tested_not_of_the_best_one(jobs: list[Job]) -> None:
+    """As with `checkpoint.monitor: step`, and where every hospital keeps a student of its own (FedMD)."""
+    val = [row(dice, c, split="val", round=r) for r, dice in ((1, 0.9), (2, 0.5), (3, 0.7)) for c in "ab"]
+    finish(jobs[3], [*val, row(0.6, "a", round=3), row(0.6, "b", round=2)])
+    (outcome,) = read_outcomes(jobs, "val").values()
+    assert [(r.client, r.round, r.dice) for r in outcome.rows[jobs[3].seed]] == [("a", 3, 0.7), ("b", 2, 0.5)]

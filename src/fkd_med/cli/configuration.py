@@ -113,7 +113,7 @@ def _run_name(files: list[str]) -> str:
 def _checkpoint(config: Namespace, command: str, asked: str | None) -> str | None:
     """Return the file of the checkpoint asked for; a command that scores takes the best of the run when none is."""
     folder = Path(config.checkpoint.dirpath)
-    if asked is None and command in ("validate", "test"):
+    if asked in (None, "best") and command in ("validate", "test"):
         asked = "last" if _keeps_students(config) else "best"  # the last one holds every client's own best
     if asked is None:
         return None

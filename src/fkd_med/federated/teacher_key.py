@@ -1,8 +1,8 @@
 """By what a teacher is found again: everything that decides its weights, and nothing else.
 
 The client's images, the module's whole configuration, the seeds, the preprocessing, the precision and the network's
-tensors; never devices or paths. Nor its first weights, which a run draws after those of its student: hospitals keep their
-teachers whatever the student, and of two runs that could draw one differently, the first one does.
+tensors; never devices or paths. Nor its first weights, which a run draws after those of its student: hospitals keep
+their teachers whatever the student, and of two runs that would draw one differently, the first one does.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class EvaluatedModule(LightningModule):
                 model=self.model_name,
                 arm=self.arm,
                 split=split,
-                round=self.clock.round,
+                round=self.personal.round_of(batch["client"][index], latest=self.clock.round),
                 client=batch["client"][index],
                 id=batch["id"][index],
                 dice=scores.dice,
@@ -126,7 +126,7 @@ class EvaluatedModule(LightningModule):
         for client, scores in summary.clients.items():
             logged[f"{client}/{split}_dice"] = scores.dice
             if split == "val":
-                self.personal.note(client, scores.dice)
+                self.personal.note(client, scores.dice, self.clock.round)
         self.log_dict(logged, rank_zero_only=False, sync_dist=False)
 
     @staticmethod

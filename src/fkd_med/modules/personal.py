@@ -30,11 +30,13 @@ class PersonalTensors:
         self.by_client: dict[str, State] = {}
         self.best: dict[str, State] = {}
         self.best_score: dict[str, float] = {}
+        self.best_round: dict[str, int] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PersonalTensors:
         """Copy for the copy of the module that is being made; the tensors, never changed in place, are shared."""
         new = PersonalTensors(memo.get(id(self._module), self._module))
-        new.by_client, new.best, new.best_score = dict(self.by_client), dict(self.best), dict(self.best_score)
+        new.by_client, new.best = dict(self.by_client), dict(self.best)
+        new.best_score, new.best_round = dict(self.best_score), dict(self.best_round)
         return new
 
     def __getstate__(self) -> dict[str, Any]:
@@ -72,13 +74,17 @@ class PersonalTensors:
         self._module.load_state_dict(merge(self._shared, own.get(client or "")))
         self._entered = (client, best)
 
-    def note(self, client: str, score: float) -> None:
+    def round_of(self, client: str, latest: int) -> int:
+        """Return the round of the tensors that are entered for `client`; `latest` is that of the module."""
+        return self.best_round.get(client, latest) if self._entered == (client, True) else latest
+
+    def note(self, client: str, score: float, round: int) -> None:
         """Keep a client's student if it validates better than all before: alone, each client stops at its best.
 
         Parts of a student belong to the global tensors of their round, so none are kept.
         """
         if self.are_students and client in self.by_client and score > self.best_score.get(client, float("-inf")):
-            self.best_score[client] = score
+            self.best_score[client], self.best_round[client] = score, round
             self.best[client] = self.by_client[client]
 
     def leave(self) -> None:
@@ -92,8 +98,9 @@ class PersonalTensors:
         return self.best.get(client) or self.by_client.get(client, {})
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the latest and best personal tensors by client, and the best scores."""
-        return {"latest": _on_cpu(self.by_client), "best": _on_cpu(self.best), "best_score": dict(self.best_score)}
+        """Return the latest and best personal tensors by client, and the best scores and their rounds."""
+        best = {"best": _on_cpu(self.best), "best_score": dict(self.best_score), "best_round": dict(self.best_round)}
+        return {"latest": _on_cpu(self.by_client), **best}
 
     def load_state_dict(self, stored: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned; nothing stored is no personal tensors."""
@@ -101,6 +108,7 @@ class PersonalTensors:
         self.by_client = _on_cpu(stored.get("latest", {}))
         self.best = _on_cpu(stored.get("best", {}))
         self.best_score = dict(stored.get("best_score", {}))
+        self.best_round = dict(stored.get("best_round", {}))
 
 
 def _on_cpu(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, State]:

@@ -127,11 +127,24 @@ class Study:
             check_known(f"presets.{name}.cells", preset.cells or (), self.cells)
             check_known(f"presets.{name}.arms", preset.arms or (), self.arms)
             check_known(f"presets.{name}.settings", preset.settings, self._groups())
+        for name, arm in self.arms.items():
+            self._check_groups(name, arm)
+
+    def _check_groups(self, name: str, arm: Arm) -> None:
+        """Refuse a group of settings that no preset has, for any data set or teacher: the arm would train otherwise."""
+        there = {group for preset in self.presets.values() for group in preset.settings}
+        for group in arm.settings:
+            if not self._fillings(group) & there:
+                check_known(f"arms.{name}.settings", [group], there)
 
     def _groups(self) -> set[str]:
         named = {group for arm in self.arms.values() for group in arm.settings}
+        return {"all", *self.data}.union(*(self._fillings(group) for group in named))
+
+    def _fillings(self, group: str) -> set[str]:
+        """Return what a group is called for each data set and teacher."""
         places = [{"data": data, "teacher": teacher} for data in self.data for teacher in self.teachers]
-        return {"all", *self.data} | {filled(group, place) for group in named for place in places}
+        return {filled(group, place) for place in places}
 
 
 def check_seeds(seeds: Iterable[int], where: str) -> None:

@@ -74,16 +74,23 @@ def kept_rows(table: ImageTable) -> list[ImageRow]:
 
 
 def _best(table: ImageTable) -> list[ImageRow]:
-    """Return the validation rows of the round that was kept: the best; of hospitals alone, the best of each."""
+    """Return the validation rows of the round that was kept, of hospitals with students of their own each one's.
+
+    It is the round that was tested. Where no row says which that was, it is the best by mean Dice; of hospitals alone,
+    the best of each.
+    """
+    tested = {(row.model, row.arm, row.client): row.round for row in table.latest("test")}
     found = []
     for rows in group_arms(table.of("val")).values():
-        alone = rows[0].arm == "local-only"
-        for group in _by_client(rows) if alone else [rows]:
-            rounds = {row.round for row in group}
-            best = max(rounds, key=lambda r: (summarize([row for row in group if row.round == r]).mean.dice, -r))
-            found += [row for row in group if row.round == best]
+        own = {client: [row for row in rows if row.client == client] for client in sorted({row.client for row in rows})}
+        for client, group in own.items():
+            kept = tested.get((group[0].model, group[0].arm, client))
+            if kept not in {row.round for row in group}:
+                kept = _best_round(group if group[0].arm == "local-only" else rows)
+            found += [row for row in group if row.round == kept]
     return found
 
 
-def _by_client(rows: Sequence[ImageRow]) -> list[list[ImageRow]]:
-    return [[row for row in rows if row.client == client] for client in sorted({row.client for row in rows})]
+def _best_round(rows: Sequence[ImageRow]) -> int:
+    rounds = {row.round for row in rows}
+    return max(rounds, key=lambda r: (summarize([row for row in rows if row.round == r]).mean.dice, -r))
