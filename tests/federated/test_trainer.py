@@ -228,7 +228,7 @@ def test_alone_equals_training_each_client_by_itself(fed, tmp_path, alone) -> No
 
 
 def test_alone_rows_are_of_the_round_whose_weights_were_scored(fed, tmp_path, alone) -> None:
-    trainer, module = alone
+    trainer, _ = alone
     scores: dict[str, dict[int, list[float]]] = {}
     for r in ImageTable.read(tmp_path / "images.csv").of("val"):
         scores.setdefault(r.client, {}).setdefault(r.round, []).append(r.dice)
