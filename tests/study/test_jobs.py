@@ -88,8 +88,11 @@ def test_what_never_began_takes_the_corrected_configuration(base: Path, jobs: li
     (base / "setx" / "data.yaml").write_text("batch_size: 8\n")
     jobs[0].prepare()
     assert jobs[0].begun_with() == jobs[0].definition()
-    jobs[0].add(1.0, 1, "")
+    jobs[0].add(1.0, 2, "")  # as with a misspelt key: it failed before it had a run directory
     (base / "setx" / "data.yaml").write_text("batch_size: 2\n")
+    jobs[0].prepare()
+    jobs[0].run.mkdir()
+    (base / "setx" / "data.yaml").write_text("batch_size: 3\n")
     with pytest.raises(RunError, match=r"changed: configs\.setx/data\.yaml"):
         jobs[0].prepare()
 

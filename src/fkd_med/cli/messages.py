@@ -14,6 +14,7 @@ from jsonargparse import ArgumentError
 
 from fkd_med.cli.processes import LostProcessError, lost_process, rank
 from fkd_med.cli.signals import TERMINATED, interruption
+from fkd_med.cli.wrong_values import wrong_value
 from fkd_med.errors import ConfigError, FkdError
 
 _NETWORK = (
@@ -107,7 +108,8 @@ def explain_arguments(text: str) -> str:
     """Make a parser's message readable, and name the nearest key or class for one that is unknown."""
     unknown = _unknown_key(text)
     if unknown is None:
-        return text.strip()
+        message, name = wrong_value(text) or (text.strip(), "")
+        return message + (_nearest(name) if name else "")
     where = ".".join(re.findall(r"[Pp]arser key ['\"]([\w.]+)['\"]", text))
     key = f"{where}.{unknown}" if where and "class_path" not in text else unknown
     in_place = f" (in {where})" if where and key == unknown else ""

@@ -108,13 +108,13 @@ class Job:
         return differing(self.begun_with(), self.definition())
 
     def begun_with(self) -> Settings:
-        """Return the definition that it was begun with; today's if it was not begun.
+        """Return the definition that it was begun with; today's if it was not, or failed before it had a run directory.
 
         Raises:
             RunError: its definition.yaml cannot be read.
         """
         path = self.folder / "definition.yaml"
-        begun = path.is_file() and (self.run.is_dir() or (self.folder / "outcome.yaml").is_file())
+        begun = path.is_file() and (self.run.is_dir() or self.finished)
         return _own(path, "Delete the folder to make the run anew.") if begun else self.definition()
 
     def check_kept(self, folder: Path) -> None:
