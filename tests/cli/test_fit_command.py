@@ -157,7 +157,7 @@ def test_local_only_students_are_scored_alike_after_a_reload(
     assert {row.arm for row in before} == {"local-only"}
     for named in ("last", "best"):  # neither is the best of one hospital: each has its own
         capsys.readouterr()
-        assert main(["test", "--config", str(run / "config.yaml"), "--ckpt_path", named]) == 0
+        assert main(["test", "--run_dir", str(run), "--ckpt_path", named]) == 0
         assert f"{sum(row.dice for row in before) / len(before):.3f}" in capsys.readouterr().out
         after = sorted(ImageTable.read(run / "images.csv").of("test", "student"), key=lambda row: row.key)
         assert after == before

@@ -36,6 +36,19 @@ def test_key_value_and_what_the_key_takes(options: list[str], message: str, caps
     assert message in error and error.count("\n") == 1
 
 
+def test_a_setting_of_another_class_is_told_from_a_misspelt_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", str(CONFIG), "--model.teacher_cache=off"]) == 2
+    error = capsys.readouterr().err
+    assert "'teacher_cache' is unknown" in error and "It is a setting of DistillationModule: leave it out" in error
+
+
+def test_a_run_is_scored_by_its_own_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """See also `test_local_only_students_are_scored_alike_after_a_reload`."""
+    for command in ("test", "validate"):
+        assert main([command, f"--run_dir={tmp_path}"]) == 2
+        assert "holds no run: it has no config.yaml" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -182,3 +182,12 @@ def test_a_damaged_note_says_what_to_do(jobs: list[Job]) -> None:
     (jobs[0].folder / "outcome.yaml").write_text("{: :")
     with pytest.raises(RunError, match=r"outcome\.yaml cannot be read\. Delete it"):
         _ = jobs[0].finished
+
+
+def test_a_misspelt_place_in_a_setting_is_refused_and_another_s_template_is_not(study: Study, base: Path) -> None:
+    few = study.presets["few"]
+    few.settings["federated"] = {"checkpoint": {"filename": "best-{step}"}}
+    jobs_of(study, few, base, Path("out"), Selection(without_images=True))
+    few.settings["federated"] = {"model": {"store": "{ouput}/teachers"}}
+    with pytest.raises(ConfigError, match=r"{ouput} in '{ouput}/teachers' stands for nothing. Did you mean {output}"):
+        jobs_of(study, few, base, Path("out"), Selection(without_images=True))

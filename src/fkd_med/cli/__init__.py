@@ -48,16 +48,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"fkd-med {version('fkd-med')}")
         return 0
-    from fkd_med.cli.configuration_files import check_configurations
+    from fkd_med.cli.configuration_files import check_configurations, with_own_configuration
     from fkd_med.cli.messages import explained
     from fkd_med.cli.processes import attached
     from fkd_med.cli.signals import terminable
 
     with terminable(), attached(), explained(arguments, debug) as outcome:
         run = _command(arguments[0])
+        options = arguments[1:]
+        if arguments[0] in ("validate", "test"):
+            options = with_own_configuration(options)
         if arguments[0] != "predict":  # which looks at its other arguments first
-            check_configurations(arguments[1:])
-        run(arguments[1:])
+            check_configurations(options)
+        run(options)
     return outcome.code
 
 

@@ -26,7 +26,7 @@ def check_configurations(arguments: Sequence[str]) -> None:
         ConfigError: a file cannot be read, is no YAML mapping, has a key twice, or asks for Python objects; names
             file and line.
     """
-    for path in _files(arguments):
+    for path in _named("--config", arguments):
         try:
             mode = path.stat().st_mode
         except (OSError, ValueError) as error:
@@ -37,10 +37,25 @@ def check_configurations(arguments: Sequence[str]) -> None:
             check_configuration(path)
 
 
-def _files(arguments: Sequence[str]) -> Iterator[Path]:
+def with_own_configuration(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments of a command that scores a run; without a configuration they get that of its folder.
+
+    Raises:
+        ConfigError: the folder that is named holds no run.
+    """
+    runs = list(_named("--run_dir", arguments))
+    if not runs or list(_named("--config", arguments)):
+        return list(arguments)
+    own = runs[-1].expanduser() / "config.yaml"
+    if not own.is_file():
+        raise ConfigError(f"--run_dir {runs[-1]} holds no run: it has no config.yaml. Give the folder of a run.")
+    return ["--config", str(own), *arguments]
+
+
+def _named(option: str, arguments: Sequence[str]) -> Iterator[Path]:
     for position, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
-        if name == "--config" and (equals or position + 1 < len(arguments)):
+        if name == option and (equals or position + 1 < len(arguments)):
             yield Path(value if equals else arguments[position + 1])
 
 

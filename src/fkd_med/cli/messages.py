@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from jsonargparse import ArgumentError
 
@@ -119,6 +121,9 @@ def explain_arguments(text: str) -> str:
 
 def _nearest(unknown: str) -> str:
     """Name the words that an unknown key or class may have been meant to be."""
+    owners = _owners(unknown)
+    if owners:
+        return f" It is a setting of {' and '.join(owners)}: leave it out here, or choose another class."
     words = _vocabulary()
     for part in (unknown.split(".")[0], unknown.split(".")[-1]):
         if part not in words:
@@ -148,18 +153,27 @@ def _unknown_key(text: str) -> str | None:
     return None
 
 
+def _classes() -> list[Any]:
+    """Return the classes of ours that a configuration may name."""
+    from fkd_med import aggregation, data, federated, losses, modules, networks, study, tracking
+
+    packages = (aggregation, data, federated, losses, modules, networks, study, tracking)
+    found = [getattr(package, name) for package in packages for name in package.__all__]
+    return [cls for cls in found if inspect.isclass(cls)]
+
+
+def _owners(key: str) -> list[str]:
+    """Return the classes of ours, at most three, that have a setting of this very name."""
+    found = [cls.__name__ for cls in _classes() if key in inspect.signature(cls.__init__).parameters]
+    return sorted(set(found))[:3]
+
+
 def _vocabulary() -> list[str]:
     """Return the keys and classes a configuration may name."""
-    import inspect
-
     import lightning as L
     import segmentation_models_pytorch as smp
 
-    from fkd_med import aggregation, data, federated, losses, modules, networks, tracking
-
-    packages = (aggregation, data, federated, losses, modules, networks, tracking)
-    classes = [getattr(package, name) for package in packages for name in package.__all__]
-    classes = [cls for cls in classes if inspect.isclass(cls)]
+    classes = _classes()
     architectures = [cls for cls in vars(smp).values() if inspect.isclass(cls)]
     words = {"model", "data", "trainer", "federation", "run_dir", "overwrite", "test_after_fit", "checkpoint"}
     words |= {"seed_everything", "ckpt_path", "config", "class_path", "init_args", "resume", "allow"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -243,7 +245,16 @@ def _replaced(value: Any, values: Mapping[str, str]) -> Any:
         return {key: _replaced(v, values) for key, v in value.items()}
     if isinstance(value, list):
         return [_replaced(v, values) for v in value]
-    return filled(value, values) if isinstance(value, str) else value
+    return _filled(value, values) if isinstance(value, str) else value
+
+
+def _filled(text: str, values: Mapping[str, str]) -> str:
+    """Fill a text's places in; refuse one that nearly has the name of such a place, which would stay as it is."""
+    for name in re.findall(r"{(\w+)}", text):
+        close = [] if name in values else difflib.get_close_matches(name, values, n=1, cutoff=0.7)
+        if close:
+            raise ConfigError(f"settings: {{{name}}} in {text!r} stands for nothing. Did you mean {{{close[0]}}}?")
+    return filled(text, values)
 
 
 def merge(into: Settings, other: Mapping[str, Any]) -> None:
