@@ -24,9 +24,9 @@ def predict(ckpt: Path, *arguments: object) -> int:
     return main(["predict", "--ckpt_path", str(ckpt), "--device", "cpu", *map(str, arguments)])
 
 
-def rows_of(run: Path, arm: str) -> list[dict[str, str]]:
+def rows_of(run: Path, arm: str, model: str = "student") -> list[dict[str, str]]:
     with (run / "images.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["split"] == "test" and row["model"] == "student"]
+        rows = [row for row in csv.DictReader(file) if row["split"] == "test" and row["model"] == model]
     return [row for row in rows if row["arm"] == arm]
 
 
@@ -119,6 +119,26 @@ def test_a_local_only_checkpoint_predicts_with_each_hospitals_own_network(
         assert dice(mine, truth) == pytest.approx(float(row["dice"]), abs=1e-9)
         same = mine.read_bytes() == (tmp_path / "a" / name).read_bytes()
         assert same or row["client"] != "hospital-a"
+
+
+def test_a_teacher_that_has_learned_back_predicts_as_the_run_said(tiny_run: Path, tmp_path: Path) -> None:
+    """And those of ordinary distillation, which are as the store has them, are not copied into each run."""
+    assert not list(tiny_run.rglob("teacher.ckpt"))
+    config = yaml.safe_load((tiny_run.parents[1] / "tiny.yaml").read_text())
+    config["model"]["class_path"] = "fkd_med.modules.MutualDistillationModule"
+    config["federation"]["local_baseline"] = False
+    (tmp_path / "mutual.yaml").write_text(yaml.safe_dump(config))
+    run, masks = tmp_path / "run", tiny_run.parents[1] / "phantoms" / "masks"
+    assert main(["fit", "--config", str(tmp_path / "mutual.yaml"), "--run_dir", str(run)]) == 0
+    rows = rows_of(run, "", "teacher")
+    assert len(rows) == 8
+    for client in ("hospital-a", "hospital-b"):
+        out, ckpt = tmp_path / client, run / "clients" / client / "teacher.ckpt"
+        assert predict(ckpt, "--data.images", masks.parent / "images", "--output", out) == 0
+        for row in rows:
+            if row["client"] == client:
+                name = f"{row['id']}.png"
+                assert dice(out / name, masks / name) == pytest.approx(float(row["dice"]), abs=1e-9), name
 
 
 @pytest.mark.parametrize("name", ["checkpoints/last.ckpt", "config.yaml"])

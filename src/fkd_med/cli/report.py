@@ -8,11 +8,12 @@ from typing import Any
 import lightning as L
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
-from fkd_med.checkpoints import read_checkpoint, write_checkpoint
+from fkd_med.checkpoints import read_checkpoint
 from fkd_med.cli.baseline import train_alone
 from fkd_med.cli.best_weights import best_checkpoint
+from fkd_med.cli.exports import export_students, export_teachers
 from fkd_med.cli.repeated import forget_tests
 from fkd_med.cli.showcase import Predictor, module_predictor, sample, teacher_predictor
 from fkd_med.communication import TEACHER, Ledger, counterfactual_bytes
@@ -32,7 +33,6 @@ from fkd_med.federated.inner import inner_trainer
 from fkd_med.federated.quiet import quiet
 from fkd_med.files import atomic_write_text
 from fkd_med.modules import DistillationModule, SegmentationModule
-from fkd_med.modules.personal import merge
 from fkd_med.networks import ResUNet, TransUNet, count_parameters
 from fkd_med.rundir import RunDir
 
@@ -120,8 +120,7 @@ class Report:
         source = self.trainer.teachers_after(model)
         assert source is not None
         federated = self.trainer.federation is not None
-        clients: list[str | None] = list(self.data.client_names()) if federated else [self.data.client]
-        for client in clients:
+        for client in self._taught():
             module = SegmentationModule(source.load(client))
             module.model_name, module.resize = "teacher", self.data.export_info()["resize"]
             loaders = self.data.client_test_dataloader(client) if client else self.data.test_dataloader()
@@ -134,6 +133,10 @@ class Report:
         if self.trainer.is_global_zero:
             ImageTable.append(self.run_dir.images, rows)
         return rows
+
+    def _taught(self) -> list[str | None]:
+        """Return those that have a teacher each; None is the pool of all images."""
+        return list(self.data.client_names()) if self.trainer.federation is not None else [self.data.client]
 
     def _hospitals(self, training: bool) -> list[str]:
         """Return the hospitals that train, or all that are tested."""
@@ -150,27 +153,10 @@ class Report:
     # --- files ------------------------------------------------------------------------------------------------
 
     def _export(self, model: SegmentationModule) -> None:
-        """Write student.ckpt; one per client where clients keep students, or parts of them."""
-        shared = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-        if not model.personal.by_client:
-            write_checkpoint(self._exported(model, shared), self.run_dir.student)
-            return
-        alone = model.personal.are_students  # otherwise a client that never took part has the shared tensors
-        for client in model.personal.by_client if alone else self._hospitals(training=True):
-            personal = model.personal.of(client)
-            folder = self.run_dir.client(client)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_checkpoint(self._exported(model, merge(shared, personal)), folder / "student.ckpt")
-
-    @staticmethod
-    def _exported(model: SegmentationModule, state: dict[str, Tensor]) -> dict[str, Any]:
-        return {
-            "state_dict": state,
-            "pytorch-lightning_version": L.__version__,
-            "epoch": model.clock.round,
-            "global_step": model.clock.round,
-            "fkd_med": model.export(),
-        }
+        """Write what `fkd predict` takes."""
+        export_students(model, self.run_dir, self._hospitals(training=True) if model.personal.by_client else [])
+        if isinstance(model, DistillationModule) and model.teacher_source is not None:
+            export_teachers(model, self.trainer.teachers_after(model), self.run_dir, self._taught())
 
     def _print(self, arms: dict[str, list[ImageRow]]) -> None:
         sheets: list[Sheet] = [end_table(arms, "Test, at original size")]

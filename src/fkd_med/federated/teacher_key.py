@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from fkd_med.modules import SegmentationModule
-from fkd_med.modules.settings import is_plain
+from fkd_med.modules.settings import is_plain, teacher_configuration
 from fkd_med.modules.teacher import digest_of
 from fkd_med.modules.teacher_cache import signature
 from fkd_med.seeding import global_seed
@@ -63,7 +63,7 @@ def describe(module: SegmentationModule) -> dict[str, Any]:
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = module.optimizer([parameter])
     described: dict[str, Any] = {
-        "configuration": _without_files(_configuration(module), getattr(module.network, "files", ())),
+        "configuration": _without_files(teacher_configuration(module), getattr(module.network, "files", ())),
         "network": [str(module.network), signature(module.network)],
         "tensors": {k: [str(v.dtype), *v.shape] for k, v in module.network.state_dict().items()},
         "loss": [[type(part).__name__, _plain_attributes(part)] for part in module.loss.modules()],
@@ -73,19 +73,6 @@ def describe(module: SegmentationModule) -> dict[str, Any]:
         scheduler = module.scheduler(optimizer)
         described["scheduler"] = [type(scheduler).__name__, _plain_attributes(scheduler), module.scheduler_interval]
     return described
-
-
-def _configuration(module: SegmentationModule) -> Any:
-    """Return what the command line built a teacher from, which says more than the object: pretrained weights.
-
-    Lightning keeps with a module inside another one the configuration of the outer one.
-    """
-    outer = module.hparams.get("teacher")
-    while isinstance(outer, Mapping) and isinstance(arguments := outer.get("init_args"), Mapping):
-        if "module" in arguments:
-            return arguments["module"]
-        outer = arguments.get("teachers")  # an ensemble's
-    return None
 
 
 def _without_files(configuration: Any, files: Sequence[str]) -> Any:

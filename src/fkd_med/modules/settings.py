@@ -7,6 +7,8 @@ from functools import partial
 from types import FunctionType
 from typing import Any
 
+from lightning import LightningModule
+
 PLAIN = (str, int, float, bool, type(None))
 
 
@@ -58,3 +60,20 @@ def _without_parser(function: Callable[..., Any]) -> Callable[..., Any]:
         if given and isinstance(given[0], type):
             return partial(given[0], *given[1:], **function.keywords)
     return function
+
+
+def teacher_configuration(module: LightningModule) -> Any:
+    """Return what the command line built a teacher's module from, which says more than the object: pretrained weights.
+
+    Args:
+        module: the distilling module or the teacher's, with which Lightning keeps the configuration of the outer one.
+
+    Returns:
+        ``{"class_path": ..., "init_args": ...}``; None for a teacher made in Python.
+    """
+    outer = module.hparams.get("teacher")
+    while isinstance(outer, Mapping) and isinstance(arguments := outer.get("init_args"), Mapping):
+        if "module" in arguments:
+            return arguments["module"]
+        outer = arguments.get("teachers")  # an ensemble's
+    return None
