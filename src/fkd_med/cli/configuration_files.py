@@ -44,7 +44,7 @@ def with_own_configuration(arguments: Sequence[str]) -> list[str]:
         ConfigError: the folder that is named holds no run.
     """
     runs = list(_named("--run_dir", arguments))
-    if not runs or list(_named("--config", arguments)):
+    if not runs or list(_named("--config", arguments)) or any(given.startswith("--model") for given in arguments):
         return list(arguments)
     own = runs[-1].expanduser() / "config.yaml"
     if not own.is_file():
