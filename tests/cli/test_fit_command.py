@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 from lightning import Callback
 
-from fkd_med.checkpoints import read_checkpoint
+from fkd_med.checkpoints import read_checkpoint, write_checkpoint
 from fkd_med.cli import main
+from fkd_med.cli.configuration import _checkpoint
 from fkd_med.communication import Ledger
 from fkd_med.evaluation import ImageTable, summarize
 from slowly import slow_but
@@ -164,6 +167,20 @@ def test_local_only_students_are_scored_alike_after_a_reload(
     own = [read_checkpoint(path)["state_dict"]["network.head.weight"]
            for path in run.glob("clients/*/student.ckpt")]  # fmt: skip
     assert not torch.equal(*own)
+
+
+@pytest.mark.parametrize(
+    ("aggregator", "found"), [(None, "last.ckpt"), ({"class_path": "fkd_med.aggregation.FedAvg"}, "best-step=1.ckpt")]
+)
+def test_the_best_of_hospitals_alone_is_in_the_last_checkpoint(tmp_path: Path, aggregator: Any, found: str) -> None:
+    """The best checkpoint is that of their mean, and each hospital keeps its own best."""
+    for name in ("best-step=1.ckpt", "last.ckpt"):
+        write_checkpoint({"state_dict": {}, "global_step": 1}, tmp_path / name)
+    config = Namespace(
+        checkpoint=Namespace(dirpath=str(tmp_path)), federation=Namespace(init_args=Namespace(aggregator=aggregator))
+    )
+    for asked in (None, "best"):
+        assert Path(str(_checkpoint(config, "test", asked))).name == found
 
 
 def test_without_a_federation_it_is_plain_lightning(
