@@ -37,7 +37,7 @@ def test_modules_of_others_may_log_what_they_like() -> None:
 @pytest.mark.parametrize(
     ("monitor", "mode", "clients", "message"),
     [
-        ("val/dcie", "max", ["a"], "no round has a 'val/dcie'. Did you mean val/dice?.*a/val_dice"),
+        ("val/dcie", "max", ["a"], "there is no 'val/dcie'. Did you mean val/dice?.*a/val_dice"),
         ("b/val_dice", "max", ["a"], "Did you mean a/val_dice"),
         ("train/loss", "min", ["a"], "There are val/dice"),
         ("val/dice", "min", None, "keeps the round with the smallest val/dice: give --checkpoint.mode max"),

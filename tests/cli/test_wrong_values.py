@@ -39,7 +39,7 @@ def test_key_value_and_what_the_key_takes(options: list[str], message: str, caps
 def test_a_setting_of_another_class_is_told_from_a_misspelt_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--config", str(CONFIG), "--model.teacher_cache=off"]) == 2
     error = capsys.readouterr().err
-    assert "'teacher_cache' is unknown" in error and "It is a setting of DistillationModule: leave it out" in error
+    assert "'teacher_cache' is unknown" in error and "It is a setting of DistillationModule: give it there" in error
 
 
 def test_a_run_is_scored_by_its_own_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,18 +35,16 @@ def export_students(model: SegmentationModule, run_dir: RunDir, hospitals: Itera
 
 
 def export_teachers(
-    model: SegmentationModule, source: TeacherSource | None, run_dir: RunDir, clients: Iterable[str | None]
+    model: MutualDistillationModule, source: TeacherSource, run_dir: RunDir, clients: Iterable[str | None]
 ) -> None:
     """Write teacher.ckpt of each client's teacher that has trained beside the student; frozen ones are in the store.
 
     Args:
-        model: the module; any but mutual distillation has nothing to write.
+        model: the module, whose preprocessing the teachers share.
         source: gives the teachers as they are after the run.
         run_dir: the run's folder.
         clients: the clients; ``None`` is a run without a federation.
     """
-    if not isinstance(model, MutualDistillationModule) or source is None or not model.active_losses:
-        return
     network = (teacher_configuration(model) or {}).get("init_args", {}).get("network")
     for client in clients:
         state = {f"network.{name}": tensor.cpu() for name, tensor in source.load(client).state_dict().items()}

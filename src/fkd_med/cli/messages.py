@@ -123,7 +123,7 @@ def _nearest(unknown: str) -> str:
     """Name the words that an unknown key or class may have been meant to be."""
     owners = _owners(unknown)
     if owners:
-        return f" It is a setting of {' and '.join(owners)}: leave it out here, or choose another class."
+        return f" It is a setting of {' and '.join(owners)}: give it there, or leave it out."
     words = _vocabulary()
     for part in (unknown.split(".")[0], unknown.split(".")[-1]):
         if part not in words:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 import lightning as L
 
-from fkd_med.errors import ConfigError
+from fkd_med.errors import ConfigError, check_known
 from fkd_med.modules import SegmentationModule
 
 _SCORES = ("val/dice", "val/iou", "val/worst_dice", "val/loss")
@@ -31,9 +30,7 @@ def check_monitor(monitor: str | None, mode: str, module: L.LightningModule, cli
     known = [*_SCORES, *_COUNTERS, *(f"{client}/val_dice" for client in clients or ())]
     ours = isinstance(module, SegmentationModule) and type(module).__module__.startswith("fkd_med.")
     if ours and monitor not in known and not (clients is None and "/" in monitor and not monitor.startswith("val/")):
-        close = difflib.get_close_matches(monitor, known, n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        raise ConfigError(f"checkpoint.monitor: no round has a {monitor!r}.{hint} There are {', '.join(known)}.")
+        check_known("checkpoint.monitor", [monitor], known)
     right = "min" if monitor.endswith("loss") else "max" if monitor in known else mode
     if mode != right:
         raise ConfigError(

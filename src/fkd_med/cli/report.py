@@ -32,7 +32,7 @@ from fkd_med.federated import FederatedTrainer, Federation
 from fkd_med.federated.inner import inner_trainer
 from fkd_med.federated.quiet import quiet
 from fkd_med.files import atomic_write_text
-from fkd_med.modules import DistillationModule, SegmentationModule
+from fkd_med.modules import DistillationModule, MutualDistillationModule, SegmentationModule
 from fkd_med.networks import ResUNet, TransUNet, count_parameters
 from fkd_med.rundir import RunDir
 
@@ -155,8 +155,10 @@ class Report:
     def _export(self, model: SegmentationModule) -> None:
         """Write what `fkd predict` takes."""
         export_students(model, self.run_dir, self._hospitals(training=True) if model.personal.by_client else [])
-        if isinstance(model, DistillationModule) and model.teacher_source is not None:
-            export_teachers(model, self.trainer.teachers_after(model), self.run_dir, self._taught())
+        if isinstance(model, MutualDistillationModule) and model.active_losses:
+            source = self.trainer.teachers_after(model)
+            assert source is not None
+            export_teachers(model, source, self.run_dir, self._taught())
 
     def _print(self, arms: dict[str, list[ImageRow]]) -> None:
         sheets: list[Sheet] = [end_table(arms, "Test, at original size")]

@@ -127,12 +127,12 @@ class ClientWorker:
         worker.__dict__.pop("configure_optimizers", None)  # the server's stand-in, see FederatedTrainer
         worker.load_state_dict(merge(merge(worker.state_dict(), broadcast.state), before.personal))
         self.federation.policy.freeze(worker)
-        rules = copy.deepcopy(self.federation.acting_rules)
+        rules, start = copy.deepcopy(self.federation.acting_rules), self._start(broadcast, before)
         for rule in rules:
             rule.meet(self.data, client, self.seed)
             if self.federation.recalibrates:
                 rule.statistics = partial(self._statistics, client)
-            rule.begin(self._start(broadcast, before), before.rules.get(type(rule).__name__, {}))
+            rule.begin(start, before.rules.get(type(rule).__name__, {}))
         companions = worker.companions if isinstance(worker, DistillationModule) else None
         with seeded(self.seed, broadcast.round, client), quiet():
             if self.prepare is not None:
