@@ -72,6 +72,18 @@ def queued(path: str | Path, what: str) -> Iterator[None]:
         yield
 
 
+def is_queued(path: str | Path) -> bool:
+    """Return whether another process holds the lock file `path` of `queued`; False where nobody can tell."""
+    try:
+        with open(path) as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no such file, or a file system without flock
+        return False
+    return False
+
+
 @contextmanager
 def locked(path: str | Path, what: str) -> Iterator[None]:
     """Hold the lock file `path` during the block; it is gone after it, whatever happens.

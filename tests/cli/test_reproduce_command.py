@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -22,11 +23,11 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]
     monkeypatch.chdir(tmp_path)
     given: list[list[str]] = []
 
-    def here(arguments: list[str], seconds: float | None) -> int:
+    def here(processes: runner.Processes, arguments: list[str], seconds: float | None, log: Path | None) -> int:
         given.append(arguments)
         return main(arguments)
 
-    monkeypatch.setattr(runner, "run_process", here)
+    monkeypatch.setattr(runner.Processes, "__call__", here)
     return given
 
 
@@ -80,8 +81,12 @@ def test_time_that_is_up_has_its_own_code(launched: list[list[str]], capsys: pyt
 def test_a_failed_run_is_named_and_the_others_are_made(
     launched: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    inside = runner.run_process
-    monkeypatch.setattr(runner, "run_process", lambda a, s: 1 if "local_student" in a[2] else inside(a, s))
+    inside = runner.Processes.__call__
+
+    def one_fails(processes: runner.Processes, arguments: list[str], *rest: Any) -> int | None:
+        return 1 if "local_student" in arguments[2] else inside(processes, arguments, *rest)
+
+    monkeypatch.setattr(runner.Processes, "__call__", one_fails)
     assert main([*TINY, "--arms", "local", "fedavg"]) == 3
     said = capsys.readouterr().out
     assert "Failed with exit code 1: cvc local seed 0" in said

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from fkd_med.errors import ConfigError, RunError, TrainingError
 from fkd_med.federated import Federation, TeacherStage
 from fkd_med.federated.progress import Reporter
 from fkd_med.federated.teacher_key import teacher_key
+from fkd_med.locks import queued
 from fkd_med.modules import SegmentationModule, WarmupCosine
-from fkd_med.networks import PretrainedUNet
+from fkd_med.networks import PretrainedUNet, laid_out_for
 
 FLAGS = {"accelerator": "cpu", "devices": 1}
 
@@ -458,6 +460,59 @@ def test_two_processes_train_once(fed, tmp_path) -> None:
     notes = [path.read_text().split() for path in tmp_path.glob("*.log")]
     assert sorted(count for count, _ in notes) == ["0", "1"]
     assert len({path for _, path in notes}) == 1
+
+
+def test_runs_side_by_side_train_different_teachers(fed, tmp_path, monkeypatch) -> None:
+    """Another run trains the teacher of the first client: this one trains those of the others, then waits for it."""
+    stage = fed.teacher_stage(tmp_path / "teachers", epochs=1)
+    module, trainer = fed.distilled(tmp_path / "teachers"), fed.trainer(tmp_path / "run", Federation(), logger=False)
+    module.teacher_source.epochs = 1
+    other = ExitStack()
+    options = trainer.teacher_options()
+    folder = stage._place("a", fed.Hospitals(), options["flags"])[2]
+    assert not stage.is_busy("a", fed.Hospitals(), **options), "nobody has begun"
+    other.enter_context(queued(folder / "lock", "The store"))
+    assert stage.is_busy("a", fed.Hospitals(), **options) and not stage.is_busy("b", fed.Hospitals(), **options)
+    asked: list[str] = []
+    original = TeacherStage.ensure
+
+    def spy(self: TeacherStage, client: str, data: Any, **given: Any) -> Path:
+        asked.append(client)
+        if client == "a":
+            other.close()
+        return original(self, client, data, **given)
+
+    monkeypatch.setattr(TeacherStage, "ensure", spy)
+    trainer.teachers(module, fed.Hospitals())
+    assert asked == ["b", "c", "a"]
+    assert not stage.is_busy("a", fed.Hospitals(), **options), "the lock stays as a file, which nobody holds"
+    brought = fed.teacher_stage(tmp_path / "teachers", checkpoints={"a": str(folder / "teacher.safetensors")})
+    with queued(folder / "lock", "The store"):
+        assert not brought.is_busy("a", fed.Hospitals(), **options)
+
+
+def test_channels_last_is_another_place_in_memory_and_nothing_else(fed, tmp_path, monkeypatch) -> None:
+    """What a CUDA device gets, here on a CPU: trained, interrupted, stored and loaded as ever."""
+    plain = load_file(ensure(fed, fed.teacher_stage(tmp_path / "plain", epochs=2)))
+    laid: list[bool] = []
+
+    def on_gpu(network: nn.Module, device: torch.device) -> nn.Module:
+        laid.append(True)
+        return laid_out_for(network, torch.device("cuda"))
+
+    monkeypatch.setattr("fkd_med.federated.teachers.laid_out_for", on_gpu)
+    stage = fed.teacher_stage(tmp_path / "gpu", epochs=2)
+    stored = load_file(ensure(fed, stage))
+    assert laid == [True] and list(stored) == list(plain)
+    assert all(tensor.is_contiguous() for tensor in stored.values())
+    decides = [name for name in plain if name not in ("0.bias", "1.running_mean")]  # BatchNorm takes that bias off
+    assert all(torch.allclose(stored[name], plain[name], atol=1e-3) for name in decides)
+    network = laid_out_for(stage.load("a"), torch.device("cuda"))
+    weights = [p for p in network.parameters() if p.dim() == 4 and min(p.shape[1:]) > 1]
+    assert weights and all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+    assert laid_out_for(stage.load("a"), torch.device("cpu")).state_dict().keys() == network.state_dict().keys()
+    image = torch.rand(1, 3, 16, 16)
+    assert torch.allclose(network.eval()(image), stage.load("a").eval()(image), atol=1e-5)
 
 
 @pytest.mark.parametrize("said", [True, False])

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveInt
 from rich.console import Console
 
 from fkd_med.cli.configuration_files import check_configuration
@@ -67,7 +68,7 @@ def reproduce(arguments: list[str]) -> None:
     make_folder(output)
     if not given.tables:  # tables may be looked at while the study runs
         with locked(output / ".fkd-study-lock", f"The study {output}"):
-            tally = run_jobs(jobs, console, given.minutes)
+            tally = run_jobs(jobs, console, given.minutes, given.jobs, devices=_devices(jobs, given.jobs))
     tables = Tables(study, jobs, read_outcomes(jobs, given.split), given.split, given.cells or preset.cells)
     _write(tables, jobs, output, console, arguments)
     if given.keep is not None:
@@ -88,6 +89,19 @@ def _check_hardware(jobs: Iterable[Job]) -> None:
     named = [(job.settings.get("trainer") or {}).get("accelerator") for job in jobs]
     for wanted in {name for name in named if isinstance(name, str)}:
         check_accelerator(wanted, "trainer.accelerator, in the preset's settings,")
+
+
+def _devices(jobs: Iterable[Job], at_once: int) -> list[str]:
+    """Return the GPUs that runs side by side share out, where each takes one and there are several."""
+    trainers = [job.settings.get("trainer") or {} for job in jobs if not job.finished]
+    if at_once == 1 or not all(t.get("accelerator") in ("gpu", "cuda") and t.get("devices") == 1 for t in trainers):
+        return []
+    import torch  # as above
+
+    from fkd_med.federated.handover import visible_devices
+
+    found = visible_devices({"devices": 1}, torch.device("cuda"))
+    return found if len(found) > 1 else []
 
 
 def read_study(path: Path) -> Study:
@@ -175,6 +189,9 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--arms", type=str, nargs="+", default=None, help="Only these arms.")
     parser.add_argument("--seeds", type=int, nargs="+", default=None, help="In place of the preset's.")
     parser.add_argument("--minutes", type=float | None, default=None, help="Stop after so long; go on another time.")
+    parser.add_argument(
+        "--jobs", type=PositiveInt, default=1, help="So many runs at the same time; a GPU holds several."
+    )
     parser.add_argument("--split", type=str, default="test", choices=["test", "val"], help="What the tables show.")
     parser.add_argument("--tables", action="store_true", help="Run nothing; make the tables of what is there.")
     parser.add_argument("--keep", type=str | None, default=None, help="Copy what tables need there: kB, no models.")

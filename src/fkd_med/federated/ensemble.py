@@ -137,6 +137,10 @@ class EnsembleTeachers(TeacherSource):
         paths = [self.teachers.ensure(name, data, **options) for name in self._members]
         return paths[0]
 
+    def is_busy(self, client: str | None, data: Any, **options: Any) -> bool:
+        """Return whether another run trains the client's own teacher just now."""
+        return client is not None and self.teachers.is_busy(client, data, **options)
+
     def share(self, clients: list[str], exchange: TeacherExchange) -> None:
         """Let each client's teacher travel to all others, one after the other."""
         self._members, self._exchange = sorted(clients), exchange

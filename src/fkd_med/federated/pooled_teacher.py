@@ -51,6 +51,10 @@ class PooledTeacherStage(TeacherStage):
         """Return the one teacher, training it if there is none; see `TeacherStage.ensure`."""
         return super().ensure(None, data, **options)
 
+    def is_busy(self, client: str | None, data: Any, **options: Any) -> bool:
+        """Return whether another run trains the one teacher just now."""
+        return super().is_busy(None, data, **options)
+
     def load(self, client: str | None) -> nn.Module:
         """Return the one teacher; call `ensure` first."""
         return super().load(None)

@@ -26,8 +26,9 @@ from fkd_med.federated.quiet import quiet
 from fkd_med.federated.teacher_files import is_whole, read_teacher
 from fkd_med.federated.teacher_key import teacher_key
 from fkd_med.files import atomic_write_bytes, atomic_write_text
-from fkd_med.locks import queued
+from fkd_med.locks import is_queued, queued
 from fkd_med.modules import SegmentationModule, TeacherSource
+from fkd_med.networks import laid_out_for
 from fkd_med.ranks import as_first_rank_says, is_first_rank, mean_of_ranks
 from fkd_med.seeding import SeedEpochs, global_seed, seeded
 
@@ -82,8 +83,7 @@ class TeacherStage(TeacherSource):
             return self.files[name]
         flags = options.get("flags", {})
         epochs = self._length(flags)
-        key, description = teacher_key(self.module, epochs, client, data, flags)
-        folder = self.store / f"{name}-{key[:16]}"
+        key, description, folder = self._place(client, data, flags)
         path = folder / "teacher.safetensors"
         reporter = options.get("reporter") or Reporter(enabled=False)
         found = as_first_rank_says(is_whole(path, key))
@@ -98,6 +98,18 @@ class TeacherStage(TeacherSource):
             reporter.skip(epochs)
         self.files[name] = path
         return path
+
+    def is_busy(self, client: str | None, data: Any, **options: Any) -> bool:
+        """Return whether another run trains this client's teacher just now."""
+        if (client or POOLED) in self.checkpoints:
+            return False
+        folder = self._place(client, data, options.get("flags", {}))[2]
+        return as_first_rank_says(is_queued(folder / "lock"))
+
+    def _place(self, client: str | None, data: ClientData, flags: Mapping[str, Any]) -> tuple[str, Any, Path]:
+        """Return the key of a client's teacher, what it stands for, and the folder."""
+        key, description = teacher_key(self.module, self._length(flags), client, data, flags)
+        return key, description, self.store / f"{client or POOLED}-{key[:16]}"
 
     def check_names(self, clients: list[str]) -> None:
         """Refuse checkpoints for clients that do not exist, and files that hold no teacher.
@@ -195,6 +207,7 @@ class TeacherStage(TeacherSource):
                 plugins=[SafeCheckpointIO()],
                 default_root_dir=folder,
             )
+            laid_out_for(module.network, trainer.strategy.root_device)
             last = folder / "training" / "last.ckpt"
             resume = str(last) if last.exists() else None
             train, val = data.client_train_dataloader(client, -1), data.client_val_dataloader(client)

@@ -193,8 +193,11 @@ class FederatedTrainer(L.Trainer):
         epochs = 1 if self.fast_dev_run else getattr(source, "epochs", 1)
         asking = clients[:1] if source.one_for_all else clients
         self.reporter.begin("teachers", len(asking) * epochs)
-        for client in asking:
-            source.ensure(client, data, **self.teacher_options())
+        left, options = list(asking), self.teacher_options()
+        while left:  # runs side by side train different teachers, instead of waiting for the same one
+            client = next((one for one in left if not source.is_busy(one, data, **options)), left[0])
+            source.ensure(client, data, **options)
+            left.remove(client)
         self.reporter.end()
 
     def _ensure_maps(self, module: DistillationModule, source: TeacherSource, clients: list[str]) -> None:

@@ -35,6 +35,10 @@ class TeacherSource(ABC):
                 federation (``federated``).
         """
 
+    def is_busy(self, client: str | None, data: Any, **options: Any) -> bool:
+        """Return whether another run trains this client's teacher just now, so that `ensure` would wait for it."""
+        return False
+
     def check_names(self, clients: list[str]) -> None:  # noqa: B027 - most sources name nobody
         """Refuse a configuration that names clients which do not exist; called before any training."""
 

@@ -55,6 +55,11 @@ class Job:
         return self.folder / "run"
 
     @property
+    def log(self) -> Path:
+        """Where what it says goes, while others run beside it."""
+        return self.folder / "log.txt"
+
+    @property
     def finished(self) -> bool:
         """Whether the run came to its end, with its test."""
         return bool(self.note().get("finished"))

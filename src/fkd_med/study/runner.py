@@ -1,21 +1,27 @@
-"""Runs the jobs of a study one after the other: each in a process of its own, until they are done or time is up."""
+"""Runs the jobs of a study, one or several at a time, each in a process of its own, until time is up."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from rich.console import Console
 
 from fkd_med.study.definition import code_of_today
 from fkd_med.study.jobs import Job
 
-Launch = Callable[[list[str], float | None], int | None]
+Launch = Callable[[list[str], float | None, Path | None], int | None]
 _PATIENCE = 60.0  # seconds to write down what is open after SIGTERM, before SIGKILL
+_LAST_LINES = 5  # of the log of a run that failed, to be shown
 
 
 @dataclass
@@ -34,7 +40,12 @@ class Tally:
 
 
 def run_jobs(
-    jobs: Sequence[Job], console: Console, minutes: float | None = None, launch: Launch | None = None
+    jobs: Sequence[Job],
+    console: Console,
+    minutes: float | None = None,
+    at_once: int = 1,
+    launch: Launch | None = None,
+    devices: Sequence[str] = (),
 ) -> Tally:
     """Run what is not finished; go on with what was interrupted; leave a failed job and go on with the next.
 
@@ -43,72 +54,172 @@ def run_jobs(
     Args:
         jobs: the jobs, in order.
         console: where progress is told.
-        minutes: how long; the run that is open then is stopped and can be resumed.
-        launch: called with the arguments of `fkd` and the seconds left; returns the exit code, None if time was up.
+        minutes: how long; the runs that are open then are stopped and can be resumed.
+        at_once: how many run at the same time. Where it is more than one, each writes what it says into `Job.log`.
+        launch: called with the arguments of `fkd`, the seconds left and the log (None: this process's output); returns
+            the exit code, None if time was up. `Processes` when left out.
+        devices: GPUs that `Processes` shares out, as CUDA_VISIBLE_DEVICES names them.
 
     Raises:
         RunError: a job's folder was begun with another configuration; before anything runs.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; the open run can be resumed.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the open runs can be resumed.
     """
     for job in jobs:
         job.prepare()
-    launch = launch or run_process
-    end = None if minutes is None else time.monotonic() + 60 * minutes
-    tally = Tally(done=[job for job in jobs if job.finished])
-    for job in sorted(jobs, key=lambda job: job.failed):
-        if job.finished:
-            continue
-        left = None if end is None else end - time.monotonic()
-        if left is not None and left <= 0:
-            tally.left.append(job)
-            continue
-        place = len(tally.done) + len(tally.failed) + 1
-        console.print(f"[{place}/{len(jobs)}] {job.name}{_time_left(jobs, tally)}", markup=False, highlight=False)
-        code = _attempt(job, launch, left)
+    processes = Processes(devices)
+    queue = _Queue(jobs, console, minutes, at_once, launch or processes)
+    if at_once == 1:
+        queue.work()
+        return queue.tally
+    with ThreadPoolExecutor(at_once, thread_name_prefix="job") as threads:
+        try:
+            for ended in as_completed([threads.submit(queue.work) for _ in range(at_once)]):
+                ended.result()
+        except BaseException:
+            queue.is_closed = True
+            processes.stop()
+            raise
+    return queue.tally
+
+
+class _Queue:
+    """Where jobs are taken from a queue, by as many threads as run at once."""
+
+    def __init__(
+        self, jobs: Sequence[Job], console: Console, minutes: float | None, at_once: int, launch: Launch
+    ) -> None:
+        self.jobs, self.console, self.at_once, self.launch = jobs, console, at_once, launch
+        self.end = None if minutes is None else time.monotonic() + 60 * minutes
+        self.tally = Tally(done=[job for job in jobs if job.finished])
+        self.queue = deque(job for job in sorted(jobs, key=lambda job: job.failed) if not job.finished)
+        self.begun = len(self.tally.done)
+        self.is_closed = False
+        self._lock = threading.Lock()
+
+    def work(self) -> None:
+        """Run jobs until none is left."""
+        while (taken := self._take()) is not None:
+            job, seconds = taken
+            log = job.log if self.at_once > 1 else None
+            started = time.monotonic()
+            code = _attempt(job, self.launch, seconds, log)
+            with self._lock:
+                self._note(job, code)
+            if log is not None and not self.is_closed:
+                self._tell(job, code, time.monotonic() - started)
+
+    def _take(self) -> tuple[Job, float | None] | None:
+        """Take the next job, and the seconds it has; None when there is none, or no time for it."""
+        with self._lock:
+            if not self.queue or self.is_closed:
+                return None
+            left = None if self.end is None else self.end - time.monotonic()
+            if left is not None and left <= 0:
+                self.tally.left += self.queue
+                self.queue.clear()
+                return None
+            job = self.queue.popleft()
+            self.begun += 1
+            text = f"[{self.begun}/{len(self.jobs)}] {job.name}{_time_left(self.jobs, self.tally, self.at_once)}"
+            self.console.print(text, markup=False, highlight=False)
+            return job, left
+
+    def _note(self, job: Job, code: int | None) -> None:
         if code is None:
-            tally.left.append(job)
+            self.tally.left.append(job)
         elif code:
-            tally.failed[job.name] = code
+            self.tally.failed[job.name] = code
         else:
-            tally.done.append(job)
-    return tally
+            self.tally.done.append(job)
+
+    def _tell(self, job: Job, code: int | None, seconds: float) -> None:
+        """Say how a job ended whose own words went into its log."""
+        how = "stopped, time is up" if code is None else f"failed with exit code {code}" if code else "done"
+        self.console.print(f"{job.name}: {how} after {spoken(seconds)}", markup=False, highlight=False)
+        if code:
+            lines = job.log.read_text(encoding="utf-8", errors="replace").splitlines() if job.log.is_file() else []
+            for line in [*lines[-_LAST_LINES:], f"All it said: {job.log}"]:
+                self.console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _attempt(job: Job, launch: Launch, left: float | None) -> int | None:
+def _attempt(job: Job, launch: Launch, left: float | None, log: Path | None) -> int | None:
     started, code, of = time.monotonic(), signal.SIGINT + 128, code_of_today()
     try:
-        ended = launch(job.arguments(), left)
+        ended = launch(job.arguments(), left, log)
         code = signal.SIGTERM + 128 if ended is None else ended
         return ended
     finally:
         job.add(time.monotonic() - started, code, of)
 
 
-def run_process(arguments: list[str], seconds: float | None) -> int | None:
-    """Run `fkd` in a process; return its exit code, or None if it was stopped after `seconds`.
+class Processes:
+    """Runs `fkd`, each time in a process of its own, which ends with this one.
 
-    It ends with this one, unless this one is killed outright: then it finishes its run, and a study that is given again
-    meanwhile is refused that run by its lock.
+    Unless this one is killed outright: then they finish their runs, and a study that is given again meanwhile is
+    refused those by their locks. A process of its own costs some seconds of imports, and keeps the study alive and its
+    memory flat whatever happens in a run; several devices start their processes from it.
 
-    A process of its own costs some seconds of imports, and keeps the study alive and its memory flat whatever happens
-    in a run; several devices start their processes from it.
+    Args:
+        devices: GPUs to share out among processes that run at the same time; none to leave that to each.
     """
-    process = subprocess.Popen([sys.executable, "-m", "fkd_med", *arguments])
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(_PATIENCE)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+
+    def __init__(self, devices: Sequence[str] = ()) -> None:
+        self.devices = devices
+        self._running: dict[subprocess.Popen[bytes], str | None] = {}
+        self._lock = threading.Lock()
+        self._is_over = False
+
+    def __call__(self, arguments: list[str], seconds: float | None, log: Path | None = None) -> int | None:
+        """Run `fkd`; return its exit code, or None if it was stopped after `seconds`."""
+        with self._lock:
+            if self._is_over:
+                return None
+            used = list(self._running.values())
+            device = min(self.devices, key=used.count) if self.devices else None
+            process = self._begin(arguments, device, log)
+            self._running[process] = device
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            _end([process])
+            with self._lock:
+                del self._running[process]
+
+    def stop(self) -> None:
+        """End all that run, and begin no more."""
+        with self._lock:
+            self._is_over = True
+            running = list(self._running)
+        _end(running)
+
+    @staticmethod
+    def _begin(arguments: list[str], device: str | None, log: Path | None) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "fkd_med", *arguments]
+        around = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
+        if log is None:
+            return subprocess.Popen(command, env=around)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab") as file:  # a run that goes on goes on in its log
+            return subprocess.Popen(command, env=around, stdout=file, stderr=subprocess.STDOUT)
 
 
-def _time_left(jobs: Sequence[Job], tally: Tally) -> str:
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Let processes that still run write down what is open, and end them."""
+    left = [process for process in processes if process.poll() is None]
+    for process in left:
+        process.terminate()
+    until = time.monotonic() + _PATIENCE
+    for process in left:
+        try:
+            process.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _time_left(jobs: Sequence[Job], tally: Tally, at_once: int) -> str:
     """Say how long the rest may take, from finished runs of the same arm, or of any where there is none."""
     known = [(job.arm, job.data, float(job.note().get("seconds", 0.0))) for job in tally.done]
     over = {job.name for job in tally.done} | set(tally.failed)
@@ -121,7 +232,7 @@ def _time_left(jobs: Sequence[Job], tally: Tally) -> str:
         alike = [s for arm, data, s in known if (arm, data) == (job.arm, job.data)]
         alike = alike or [s for arm, _, s in known if arm == job.arm] or [s for *_, s in known]
         total += max(0.0, sum(alike) / len(alike) - float(job.note().get("seconds", 0.0)))
-    return f"  (about {spoken(total)} left)"
+    return f"  (about {spoken(total / at_once)} left)"
 
 
 def spoken(seconds: float) -> str:
