@@ -318,10 +318,15 @@ def test_losses_agree_under_augmentation(move: str, root: Path, tmp_path: Path) 
 # --- training --------------------------------------------------------------------------------------------------------
 
 
+def descent(parameters: Any) -> torch.optim.Optimizer:
+    """Steps as small as the gradients are: Adam's first ones are their signs, which make much of any last digit."""
+    return torch.optim.SGD(parameters, lr=2e-4)
+
+
 def fit(root: Path, store: Path, cache: str, epochs: int = 2, **options: Any) -> tuple[DistillationModule, Source]:
     torch.manual_seed(0)
     data, source = hospitals(root, augmentation=False, **options), Source(teacher(), store)
-    module = DistillationModule(SlimUNet(), teacher=source, teacher_cache=cache)  # type: ignore[arg-type]
+    module = DistillationModule(SlimUNet(), teacher=source, teacher_cache=cache, optimizer=descent)  # type: ignore[arg-type]
     L.Trainer(**TRAINER, max_epochs=epochs).fit(module, datamodule=data)
     assert data.teacher_maps is None  # the next fit with these data may have another teacher, or none
     return module, source
@@ -337,13 +342,13 @@ def test_training_from_the_cache_is_training_from_the_teacher(root: Path, tmp_pa
     live, _ = fit(root, tmp_path, "off")
     assert source.loads == 1 and cached.teacher is None and live.teacher is None  # neither keeps a teacher after it
     torch.manual_seed(0)
-    untaught = DistillationModule(SlimUNet(), losses={"kd": LogitKL(weight=0.0)})
+    untaught = DistillationModule(SlimUNet(), losses={"kd": LogitKL(weight=0.0)}, optimizer=descent)
     start = flat(untaught)
     L.Trainer(**TRAINER, max_epochs=2).fit(untaught, datamodule=hospitals(root, augmentation=False))
     moved = (flat(live) - start).norm()
-    assert moved > 0.1  # it did train
-    # Maps are float16, and Adam makes steps of small differences: measured 0.014 and 0.034 on two versions of torch.
-    assert (flat(cached) - flat(live)).norm() < 0.1 * moved < 0.3 * (flat(untaught) - flat(live)).norm()
+    assert moved > 1e-3  # it did train
+    # Maps are float16: measured 0.001 and 0.002 of what being taught changes, with one thread and with two.
+    assert (flat(cached) - flat(live)).norm() < 0.02 * (flat(untaught) - flat(live)).norm()
 
 
 def test_data_workers_read_the_same_maps(root: Path, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def export_teachers(
 def _exported(model: SegmentationModule, state: Mapping[str, Tensor], network: Any = None) -> dict[str, Any]:
     described = model.export()
     return {
-        "state_dict": dict(state),
+        "state_dict": {name: tensor.contiguous() for name, tensor in state.items()},
         "pytorch-lightning_version": L.__version__,
         "epoch": model.clock.round,
         "global_step": model.clock.round,

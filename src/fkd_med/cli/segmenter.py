@@ -24,7 +24,7 @@ from fkd_med.foreign_files import refuse_non_finite
 from fkd_med.modules import predict_classes
 from fkd_med.modules.loading import refuse_newer
 from fkd_med.modules.personal import PersonalTensors, merge
-from fkd_med.networks import forward_padded
+from fkd_med.networks import channels_last, forward_padded
 from fkd_med.networks.spec import network_from_spec
 
 _PREFIX = "network."
@@ -138,7 +138,7 @@ class Segmenter:
                 f"{self.path}: the weights do not belong to the network it describes, {type(self.network).__name__} "
                 f"({''.join(first)[:200]}). Install the version of its package that it was trained with."
             ) from error
-        self.network = self.network.to(self.device).eval()
+        self.network = channels_last(self.network).to(self.device).eval()
 
 
 def choose_device(name: str) -> str:

@@ -28,7 +28,6 @@ from fkd_med.federated.teacher_key import teacher_key
 from fkd_med.files import atomic_write_bytes, atomic_write_text
 from fkd_med.locks import is_queued, queued
 from fkd_med.modules import SegmentationModule, TeacherSource
-from fkd_med.networks import laid_out_for
 from fkd_med.ranks import as_first_rank_says, is_first_rank, mean_of_ranks
 from fkd_med.seeding import SeedEpochs, global_seed, seeded
 
@@ -207,7 +206,6 @@ class TeacherStage(TeacherSource):
                 plugins=[SafeCheckpointIO()],
                 default_root_dir=folder,
             )
-            laid_out_for(module.network, trainer.strategy.root_device)
             last = folder / "training" / "last.ckpt"
             resume = str(last) if last.exists() else None
             train, val = data.client_train_dataloader(client, -1), data.client_val_dataloader(client)

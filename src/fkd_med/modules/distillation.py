@@ -24,7 +24,6 @@ from fkd_med.modules.schedule import progress_of
 from fkd_med.modules.segmentation import SegmentationModule
 from fkd_med.modules.teacher import TeacherSource, Teaching, freeze
 from fkd_med.modules.teacher_cache import Surroundings, check_carries, check_precision, ensure_maps, refuse_non_finite
-from fkd_med.networks import laid_out_for
 from fkd_med.seeding import global_seed, seeded
 
 TeacherCache = Literal["off", "logits", "taps"]
@@ -203,7 +202,7 @@ class DistillationModule(SegmentationModule):
     def on_fit_start(self) -> None:
         """Move the teacher, if it runs at every step, to the device."""
         if not self._learns_elsewhere and self.teacher is not None:
-            self._teaching.network = laid_out_for(self.teacher, self.device).to(self.device)
+            self._teaching.network = self.teacher.to(self.device)
 
     def _learn_from_source(self) -> None:
         source = self.teacher_source

@@ -18,7 +18,7 @@ from fkd_med.modules.labels import only_labelled, supervised_part
 from fkd_med.modules.loading import VERSION, described
 from fkd_med.modules.schedule import RunClock, WarmupCosine, advance
 from fkd_med.modules.settings import SharedCallable, as_written, is_plain
-from fkd_med.networks import PARAMETER_BOUND, count_parameters, forward_padded
+from fkd_med.networks import PARAMETER_BOUND, channels_last, count_parameters, forward_padded
 from fkd_med.ranks import count_processes
 
 
@@ -43,7 +43,7 @@ class SegmentationModule(EvaluatedModule):
     ) -> None:
         super().__init__()
         self._keep_plain_hyperparameters()
-        self.network = network
+        self.network = channels_last(network)
         self.loss = loss if loss is not None else DiceCE()
         self.optimizer = SharedCallable(optimizer)
         self.scheduler = None if scheduler is None else SharedCallable(scheduler)
@@ -155,7 +155,11 @@ class SegmentationModule(EvaluatedModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the network's description, the preprocessing, the number of processes and clients' personal tensors."""
+        """Add the network's description, the preprocessing, the number of processes and clients' personal tensors.
+
+        Tensors are written in the plain layout, which other programs expect (safetensors takes no other).
+        """
+        checkpoint["state_dict"] = {name: tensor.contiguous() for name, tensor in checkpoint["state_dict"].items()}
         checkpoint["fkd_med"] = self.export() | {"processes": count_processes()}
         if self.personal.by_client:
             checkpoint["fkd_med"]["personal"] = self.personal.state_dict()

@@ -29,7 +29,7 @@ from fkd_med.locks import queued
 from fkd_med.losses import LOGITS
 from fkd_med.modules.settings import is_plain
 from fkd_med.modules.teacher import TeacherSource, freeze
-from fkd_med.networks import laid_out_for, size_divisor
+from fkd_med.networks import size_divisor
 from fkd_med.ranks import is_first_rank
 
 Answers = Iterator[tuple[str, dict[str, NDArray[np.float32]]]]
@@ -194,7 +194,7 @@ def _build(
 ) -> TeacherMaps:  # fmt: skip
     loader = every_image_once(data.client_train_eval_dataloader(client))
     ids = _ids(loader.dataset)
-    network = laid_out_for(freeze(of_views(source.load(client), views)), around.device).to(around.device)
+    network = freeze(of_views(source.load(client), views)).to(around.device)
     tapped = Taps(network, taps, f"the teacher {type(network).__name__}")
     try:
         shapes = _shapes(tapped, loader.dataset[0]["image"][None], around)

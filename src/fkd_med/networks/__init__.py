@@ -3,7 +3,7 @@
 from fkd_med.networks.axial import AxialUNet
 from fkd_med.networks.context import ContextUNet
 from fkd_med.networks.large_kernel import LargeKernelUNet
-from fkd_med.networks.layout import laid_out_for
+from fkd_med.networks.layout import channels_last
 from fkd_med.networks.padding import forward_padded, padded_size, size_divisor
 from fkd_med.networks.pretrained import PretrainedUNet
 from fkd_med.networks.resunet import ResUNet
@@ -21,9 +21,9 @@ __all__ = [
     "ResUNet",
     "SlimUNet",
     "TransUNet",
+    "channels_last",
     "count_parameters",
     "forward_padded",
-    "laid_out_for",
     "network_from_spec",
     "padded_size",
     "size_divisor",
