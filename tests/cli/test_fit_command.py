@@ -144,7 +144,9 @@ def test_validate_and_test_score_the_runs_checkpoints(
     before = summarize(ImageTable.read(run / "images.csv").of("test", "student", "federated"))
     assert command(tiny_run, "test", run, f"--ckpt_path={run / 'student.ckpt'}") == 0
     assert summarize(ImageTable.read(run / "images.csv").of("test", "student", "federated")) == before
-    assert "federated student" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert said.out.startswith(f"Weights of {run / 'student.ckpt'}\nTest") and "federated student" in said.out
+    assert "dirpath" not in said.err, "Lightning's notes on the folder that the checkpoint came from"
     assert command(tiny_run, "validate", run) == 0
     assert "Validation" in capsys.readouterr().out
 

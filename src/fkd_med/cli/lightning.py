@@ -237,7 +237,10 @@ class FkdCLI(LightningCLI):
         if self._records and is_first_rank():
             self._lock_to_record()
         run = getattr(self.trainer, command)
-        run(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
+        with quiet():
+            run(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
+        if self.trainer.ckpt_path:
+            self.console.print(f"Weights of {self.trainer.ckpt_path}", markup=False, soft_wrap=True)
         Report(self.trainer, model, datamodule, self.run_dir, self.console).show_table(model)
 
     def _lock_to_record(self) -> None:
