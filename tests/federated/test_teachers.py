@@ -86,31 +86,6 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [tensor for child in children for tensor in _tensors(child)]
 
 
-def test_live_teachers_stay_in_memory_between_rounds(fed, tmp_path, monkeypatch) -> None:
-    """Read once in a run and not in every round, with the same student at the end; what is too large is read again."""
-    read: list[str] = []
-    original = TeacherStage.load
-
-    def spy(self: TeacherStage, client: str | None) -> nn.Module:
-        read.append(str(client))
-        return original(self, client)
-
-    monkeypatch.setattr(TeacherStage, "load", spy)
-
-    def train(name: str) -> dict[str, torch.Tensor]:
-        module = fed.distilled(tmp_path / "teachers")
-        fed.trainer(tmp_path / name, Federation(rounds=3)).fit(module, datamodule=fed.Hospitals())
-        assert not module._teaching._kept, "nothing stays after the fit"
-        return module.state_dict()
-
-    kept = train("kept")
-    assert read == ["a", "b", "c"]
-    monkeypatch.setattr("fkd_med.modules.teacher.KEPT_BYTES", 1)
-    again = train("again")
-    assert read[3:] == ["a", "b", "c"] * 3
-    assert fed.same(kept, again)
-
-
 def test_teacher_never_changes_while_it_teaches(fed, tmp_path) -> None:
     """Neither weights nor BatchNorm, though the student around it trains in train mode."""
     module = fed.distilled(tmp_path / "teachers")

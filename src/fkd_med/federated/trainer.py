@@ -119,8 +119,6 @@ class FederatedTrainer(L.Trainer):
         finally:
             if isinstance(self.fit_loop, FederatedLoop) and self.fit_loop.crew is not None:
                 self.fit_loop.crew.stop()
-            if isinstance(model, DistillationModule):
-                model.forget_teachers()
             if hasattr(self.datamodule, "teacher_maps"):  # the next fit with these data may have other teachers
                 self.datamodule.teacher_maps = None
             if self.fast_dev_run and self.is_global_zero:
@@ -187,7 +185,6 @@ class FederatedTrainer(L.Trainer):
             module.learn_alone()
         source = module.teacher_source
         assert source is not None
-        module.forget_teachers()
         module.check_teachers(clients)
         module.check_data(data, Surroundings.of(self))
         image = sample_image(data)

@@ -117,10 +117,6 @@ class DistillationModule(SegmentationModule):
         """Take a teacher to learn from, in `teacher_views`; it is frozen. ``None`` lets go of the last one."""
         self._teaching.attach(None if teacher is None else freeze(of_views(teacher, self.teacher_views)))
 
-    def forget_teachers(self) -> None:
-        """Keep none of the source's networks in memory: a training is over, or another begins."""
-        self._teaching.forget()
-
     def check_teachers(self, clients: Sequence[str | None]) -> None:
         """Refuse, before any training, a source that cannot give these clients teachers to learn from."""
         assert self.teacher_source is not None
@@ -146,7 +142,7 @@ class DistillationModule(SegmentationModule):
         assert source is not None
         if maps is not None or hasattr(data, "teacher_maps"):
             data.teacher_maps = maps
-        self.attach_teacher(self._teaching.load(client) if maps is None else None)
+        self.attach_teacher(source.load(client) if maps is None else None)
         self._teaching.is_prepared, self._teaching.is_cached = True, maps is not None
 
     # --- before and after training ------------------------------------------------------------------------------

@@ -14,8 +14,6 @@ from torch import nn
 from fkd_med.distillation import Taps
 from fkd_med.errors import ConfigError
 
-KEPT_BYTES = 1 << 30  # of teacher networks in memory between rounds
-
 
 class TeacherSource(ABC):
     """Where a client's teacher comes from."""
@@ -104,25 +102,6 @@ class Teaching:
         self.is_prepared = False  # the teacher came from the source, as network or as cached maps
         self.is_cached = False  # batches bring the teacher's maps, so no network is needed
         self._taps: Taps | None = None
-        self._kept: dict[str | None, nn.Module] = {}  # the source's networks by client; copies share them
-
-    def load(self, client: str | None) -> nn.Module:
-        """Return a client's teacher network from the source, on the CPU.
-
-        Rounds read the same few files over and over, a second each where they are large: what fits into `KEPT_BYTES`
-        stays in memory until `forget`.
-        """
-        assert self.source is not None
-        if client in self._kept:
-            return self._kept[client]
-        network = self.source.load(client)
-        if sum(map(_bytes, [*self._kept.values(), network])) <= KEPT_BYTES:
-            self._kept[client] = network
-        return network
-
-    def forget(self) -> None:
-        """Keep no network of the source any longer: it may give others from now on."""
-        self._kept.clear()
 
     def attach(self, network: nn.Module | None) -> None:
         """Take another network, or none, and take the hooks off the last one."""
@@ -145,13 +124,4 @@ class Teaching:
         """Copy the holder, not what it holds."""
         copied = Teaching(self.source, self.network)
         copied.is_prepared, copied.is_cached = self.is_prepared, self.is_cached
-        copied._kept = self._kept
         return copied
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave what is kept behind: another process reads it itself."""
-        return vars(self) | {"_kept": {}}
-
-
-def _bytes(network: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in network.state_dict().values())
