@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -84,6 +85,51 @@ def _tensors(value: Any) -> list[torch.Tensor]:
         return [value]
     children = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else []
     return [tensor for child in children for tensor in _tensors(child)]
+
+
+def test_live_teachers_are_read_once_in_a_run(fed, tmp_path, monkeypatch) -> None:
+    """And not in every round, with the same student at the end; what is too large for memory is read again."""
+    from fkd_med.federated import teachers
+
+    read: list[str] = []
+    original = teachers.read_teacher
+
+    def spy(path: Path, client: str, network: nn.Module) -> dict[str, torch.Tensor]:
+        read.append(client)
+        return original(path, client, network)
+
+    def train(name: str) -> dict[str, torch.Tensor]:
+        module = fed.distilled(tmp_path / "teachers")
+        fed.trainer(tmp_path / name, Federation(rounds=3)).fit(module, datamodule=fed.Hospitals())
+        assert not module.teacher_source._kept, "nothing stays after the fit"
+        return module.state_dict()
+
+    train("trains the teachers")
+    monkeypatch.setattr(teachers, "read_teacher", spy)
+    kept = train("kept")
+    assert read == ["a", "b", "c"]
+    monkeypatch.setattr(teachers, "KEPT_BYTES", 1)
+    again = train("again")
+    assert read[3:] == ["a", "b", "c"] * 3
+    assert fed.same(kept, again)
+
+
+def test_another_teacher_takes_the_place_of_one_that_was_kept(fed, tmp_path) -> None:
+    stage = fed.teacher_stage(tmp_path, checkpoints={})
+    ways = {"flags": FLAGS, "federated": True}
+    for number in (1, 2):
+        path = tmp_path / "brought.safetensors"
+        save_file(fed.weights(fed.network(6, seed=number)), path)
+        stage.checkpoints["a"] = path
+        stage.ensure("a", fed.Hospitals(), **ways)
+        for _ in range(2):
+            given = stage.load("a")
+            assert fed.same(fed.weights(given), load_file(path)) and next(given.parameters()).requires_grad
+            next(given.parameters()).data.zero_()  # whoever gets it may change it
+    assert list(stage._kept) == [path] and not pickle.loads(pickle.dumps(stage.__getstate__()["_kept"]))
+    stage.ensure("a", fed.Hospitals(), flags=FLAGS)
+    stage.load("a")
+    assert not stage._kept, "a training without rounds reads once and keeps nothing"
 
 
 def test_teacher_never_changes_while_it_teaches(fed, tmp_path) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from fkd_med.cli.exports import _exported
 from fkd_med.communication import Broadcast, decode, encode
 from fkd_med.modules import SegmentationModule
-from fkd_med.networks import ResUNet, SlimUNet, TransUNet, channels_last
+from fkd_med.networks import ResUNet, SlimUNet, TransUNet, channels_last, lay_out_moments
 
 
 def is_last(tensor: torch.Tensor) -> bool:
@@ -43,7 +43,7 @@ def test_the_same_answers_and_gradients_from_another_place(kind, in_channels: in
 
 def test_what_the_layers_return_lies_so_too() -> None:
     network = channels_last(nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)))
-    assert is_last(network(torch.randn(2, 1, 16, 16))) and not is_last(torch.randn(2, 3, 16, 16))
+    assert is_last(network(torch.randn(2, 1, 16, 16)))
 
 
 def test_tensors_of_other_dimensions_stay_as_they_are() -> None:
@@ -73,8 +73,33 @@ def test_modules_lay_their_networks_out_and_keep_it_so() -> None:
 
 
 def test_a_transformer_has_it_where_it_convolves() -> None:
-    network = channels_last(TransUNet(in_channels=1, classes=1, img_size=32, trunk_args={"depth": 1}))
-    assert network.eval()(torch.randn(1, 1, 32, 32)).shape == (1, 1, 32, 32)
+    plain = TransUNet(in_channels=1, classes=1, img_size=32, trunk_args={"depth": 1}).eval()
+    laid, image = channels_last(copy.deepcopy(plain)), torch.randn(1, 1, 32, 32)
+    assert is_last(laid.get_parameter("head.weight")) and torch.allclose(laid(image), plain(image), atol=1e-4)
+
+
+def test_moments_of_an_earlier_version_are_laid_out_as_the_weights() -> None:
+    """A fused optimizer takes both for rows of numbers in the same order."""
+    torch.manual_seed(0)
+    networks = [nn.Conv2d(3, 4, 3, dtype=torch.float64) for _ in range(2)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    optimizers = [torch.optim.Adam(network.parameters(), fused=True) for network in networks]
+    image = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+
+    def step(network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        network(image).square().mean().backward()
+        optimizer.step()
+
+    step(networks[0], optimizers[0])
+    stored = copy.deepcopy(optimizers[0].state_dict())
+    networks[1].load_state_dict(networks[0].state_dict())
+    channels_last(networks[1])
+    optimizers[1].load_state_dict(stored)
+    lay_out_moments(optimizers[1])
+    for network, optimizer in zip(networks, optimizers, strict=True):
+        step(network, optimizer)
+    assert torch.allclose(networks[0].weight, networks[1].weight, atol=1e-12)
 
 
 def test_files_hold_the_plain_layout(tmp_path: Path) -> None:

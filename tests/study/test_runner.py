@@ -184,7 +184,8 @@ def test_an_interruption_ends_all_that_run_and_begins_no_more(
 def test_processes_side_by_side_share_out_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     processes, there = Processes(["4", "7"]), tmp_path / "seen"
-    program = f"import os, time; open({str(there)!r}, 'a').write(os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(1)"
+    program = f"import os, time; open({str(there)!r}, 'a').write(os.environ['CUDA_VISIBLE_DEVICES']); t = time.time()\n"
+    program += f"while os.path.getsize({str(there)!r}) < 4: assert time.time() < t + 60"
     threads = [threading.Thread(target=processes, args=([program], None)) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -192,3 +193,31 @@ def test_processes_side_by_side_share_out_the_gpus(tmp_path: Path, monkeypatch: 
         thread.join()
     assert sorted(there.read_text()) == ["4", "4", "7", "7"]
     assert Processes()(["import os; raise SystemExit('CUDA_VISIBLE_DEVICES' in os.environ)"], None) == 0
+
+
+@pytest.mark.usefixtures("small_programs")
+def test_after_ctrl_c_a_process_has_a_moment_and_the_second_one_waits_for_nobody(tmp_path: Path) -> None:
+    """A terminal sends Ctrl-C to the processes too; here one cleans up for half a second, another is deaf."""
+    cleaned, ready = tmp_path / "cleaned", tmp_path / "ready"
+    begin = f"import pathlib, time; pathlib.Path({str(ready)!r} + NAME).touch()\n"
+    tidy = begin.replace("NAME", "'1'") + f"time.sleep(0.5); pathlib.Path({str(cleaned)!r}).touch()"
+    deaf = (
+        "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        + begin.replace("NAME", "'2'")
+        + "time.sleep(60)"
+    )
+    processes = Processes()
+    threads = [threading.Thread(target=processes, args=([program], None)) for program in (tidy, deaf)]
+    for thread in threads:
+        thread.start()
+    until = time.monotonic() + 30
+    while not all(Path(f"{ready}{name}").exists() for name in "12"):
+        assert time.monotonic() < until
+    stopping = threading.Thread(target=processes.stop)
+    stopping.start()
+    threads[0].join(20)
+    assert cleaned.exists(), "ended by itself, before SIGTERM"
+    processes.kill()
+    for thread in [*threads, stopping]:
+        thread.join(20)
+        assert not thread.is_alive()

@@ -239,7 +239,7 @@ class FkdCLI(LightningCLI):
         run = getattr(self.trainer, command)
         with quiet():
             run(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
-        if self.trainer.ckpt_path:
+        if self.trainer.ckpt_path and self.trainer.is_global_zero:
             self.console.print(f"Weights of {self.trainer.ckpt_path}", markup=False, soft_wrap=True)
         Report(self.trainer, model, datamodule, self.run_dir, self.console).show_table(model)
 

@@ -137,6 +137,10 @@ class EnsembleTeachers(TeacherSource):
         paths = [self.teachers.ensure(name, data, **options) for name in self._members]
         return paths[0]
 
+    def forget(self) -> None:
+        """Keep no teachers in memory any longer."""
+        self.teachers.forget()
+
     def is_busy(self, client: str | None, data: Any, **options: Any) -> bool:
         """Return whether another run trains the client's own teacher just now."""
         return client is not None and self.teachers.is_busy(client, data, **options)

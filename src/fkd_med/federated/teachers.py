@@ -15,7 +15,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from fkd_med.checkpoints import LastCheckpoint, SafeCheckpointIO
 from fkd_med.errors import ConfigError
@@ -32,6 +32,7 @@ from fkd_med.ranks import as_first_rank_says, is_first_rank, mean_of_ranks
 from fkd_med.seeding import SeedEpochs, global_seed, seeded
 
 POOLED = "all-clients"
+KEPT_BYTES = 1 << 30  # of teachers in memory between rounds
 
 
 class TeacherStage(TeacherSource):
@@ -62,6 +63,8 @@ class TeacherStage(TeacherSource):
         self.store = Path(store)
         self.checkpoints = {client: Path(path) for client, path in (checkpoints or {}).items()}
         self.files: dict[str, Path] = {}
+        self._kept: dict[Path, dict[str, Tensor]] = {}  # what `load` has read, in a federation
+        self._keeps = False
         self._fitting: set[str] = set()  # clients whose checkpoint has been read, and fits
 
     def ensure(self, client: str | None, data: Any, **options: Any) -> Path:
@@ -76,6 +79,8 @@ class TeacherStage(TeacherSource):
             RunError: a given checkpoint is missing, damaged or of another architecture.
         """
         name = client or POOLED
+        self._kept.clear()
+        self._keeps = bool(options.get("federated"))
         if name in self.checkpoints:
             self._check_brought(name)
             self.files[name] = self.checkpoints[name]
@@ -148,11 +153,28 @@ class TeacherStage(TeacherSource):
             )
 
     def load(self, client: str | None) -> nn.Module:
-        """Return a client's teacher network; call `ensure` first."""
+        """Return a client's teacher network; call `ensure` first.
+
+        The rounds of a federation ask for the same few files over and over: up to `KEPT_BYTES` of them stay in memory
+        (in each process, see ``federation.parallel``) until the next `ensure` or `forget`.
+        """
         name = client or POOLED
+        path = self.files[name]
+        state = self._kept.get(path) or read_teacher(path, name, self.module.network)
+        if self._keeps and _bytes(*self._kept.values(), *([] if path in self._kept else [state])) <= KEPT_BYTES:
+            self._kept[path] = state
         network = copy.deepcopy(self.module.network)
-        network.load_state_dict(read_teacher(self.files[name], name, self.module.network))
+        network.load_state_dict(state)
         return network
+
+    def forget(self) -> None:
+        """Keep no teachers in memory any longer."""
+        self._kept.clear()
+        self._keeps = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave what is kept behind: another process reads it itself."""
+        return vars(self) | {"_kept": {}}
 
     def _length(self, flags: Mapping[str, Any]) -> int:
         return min(1, self.epochs) if is_trial(flags) else self.epochs
@@ -235,6 +257,10 @@ class TeacherStage(TeacherSource):
         atomic_write_text(folder / "teacher.json", json.dumps(note, indent=1, default=str))
         if (folder / "training").exists():
             shutil.rmtree(folder / "training")
+
+
+def _bytes(*states: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for state in states for tensor in state.values())
 
 
 class TeacherCurve(L.Callback):

@@ -119,6 +119,8 @@ class FederatedTrainer(L.Trainer):
         finally:
             if isinstance(self.fit_loop, FederatedLoop) and self.fit_loop.crew is not None:
                 self.fit_loop.crew.stop()
+            if isinstance(model, DistillationModule) and model.teacher_source is not None:
+                model.teacher_source.forget()
             if hasattr(self.datamodule, "teacher_maps"):  # the next fit with these data may have other teachers
                 self.datamodule.teacher_maps = None
             if self.fast_dev_run and self.is_global_zero:

@@ -18,7 +18,7 @@ from fkd_med.modules.labels import only_labelled, supervised_part
 from fkd_med.modules.loading import VERSION, described
 from fkd_med.modules.schedule import RunClock, WarmupCosine, advance
 from fkd_med.modules.settings import SharedCallable, as_written, is_plain
-from fkd_med.networks import PARAMETER_BOUND, channels_last, count_parameters, forward_padded
+from fkd_med.networks import PARAMETER_BOUND, channels_last, count_parameters, forward_padded, lay_out_moments
 from fkd_med.ranks import count_processes
 
 
@@ -67,6 +67,11 @@ class SegmentationModule(EvaluatedModule):
         return forward_padded(self.network, image)
 
     # --- training -------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Lay out moments that come from a file as the weights lie."""
+        for optimizer in self.trainer.optimizers:
+            lay_out_moments(optimizer)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the loss of one batch, refusing to go on with one that is not finite."""

@@ -55,6 +55,9 @@ class TeacherSource(ABC):
         """Return what a client learns from where nothing travels."""
         return self
 
+    def forget(self) -> None:  # noqa: B027 - most sources keep nothing in memory
+        """Let go of teachers that are kept in memory between rounds; called after a federated training."""
+
     @abstractmethod
     def load(self, client: str | None) -> nn.Module:
         """Return the client's teacher network, on the CPU. Call `ensure` first."""

@@ -3,7 +3,7 @@
 from fkd_med.networks.axial import AxialUNet
 from fkd_med.networks.context import ContextUNet
 from fkd_med.networks.large_kernel import LargeKernelUNet
-from fkd_med.networks.layout import channels_last
+from fkd_med.networks.layout import channels_last, lay_out_moments
 from fkd_med.networks.padding import forward_padded, padded_size, size_divisor
 from fkd_med.networks.pretrained import PretrainedUNet
 from fkd_med.networks.resunet import ResUNet
@@ -24,6 +24,7 @@ __all__ = [
     "channels_last",
     "count_parameters",
     "forward_padded",
+    "lay_out_moments",
     "network_from_spec",
     "padded_size",
     "size_divisor",

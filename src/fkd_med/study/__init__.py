@@ -1,4 +1,4 @@
-"""Studies: many runs of one design (data sets, teachers, arms, seeds), run one after the other and put in tables."""
+"""Studies: many runs of one design (data sets, teachers, arms, seeds), one or several at a time, and their tables."""
 
 from fkd_med.study.design import Arm, Difference, Images, Preset, Study
 from fkd_med.study.jobs import Job, Selection, finished_beside, jobs_of

@@ -17,7 +17,7 @@ from fkd_med.rundir import RunDir
 from fkd_med.study.definition import Settings, define, differing, files_of
 from fkd_med.study.design import Arm, Preset, Study, check_seeds, filled
 
-_STOPPED = (0, 130, 143)  # done, by Ctrl-C, because time was up
+_STOPPED = (0, 130, 143, -2, -15)  # done, by Ctrl-C, because time was up; the same before it could say so
 
 
 @dataclass(frozen=True)

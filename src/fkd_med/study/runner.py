@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from fkd_med.study.jobs import Job
 
 Launch = Callable[[list[str], float | None, Path | None], int | None]
 _PATIENCE = 60.0  # seconds to write down what is open after SIGTERM, before SIGKILL
+_MOMENT = 1.0  # seconds in which a process may end by the Ctrl-C that it has got itself
 _LAST_LINES = 5  # of the log of a run that failed, to be shown
 
 
@@ -77,7 +79,10 @@ def run_jobs(
                 ended.result()
         except BaseException:
             queue.is_closed = True
-            processes.stop()
+            try:
+                processes.stop()
+            finally:  # a second Ctrl-C waits for nobody
+                processes.kill()
             raise
     return queue.tally
 
@@ -133,13 +138,13 @@ class _Queue:
             self.tally.done.append(job)
 
     def _tell(self, job: Job, code: int | None, seconds: float) -> None:
-        """Say how a job ended whose own words went into its log."""
+        """Say how a job ended whose own words went into its log, at once: others may end at the same time."""
         how = "stopped, time is up" if code is None else f"failed with exit code {code}" if code else "done"
-        self.console.print(f"{job.name}: {how} after {spoken(seconds)}", markup=False, highlight=False)
+        told = [f"{job.name}: {how} after {spoken(seconds)}"]
         if code:
             lines = job.log.read_text(encoding="utf-8", errors="replace").splitlines() if job.log.is_file() else []
-            for line in [*lines[-_LAST_LINES:], f"All it said: {job.log}"]:
-                self.console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+            told += [f"  {line}" for line in [*lines[-_LAST_LINES:], f"All it said: {job.log}"]]
+        self.console.print("\n".join(told), markup=False, highlight=False, soft_wrap=True)
 
 
 def _attempt(job: Job, launch: Launch, left: float | None, log: Path | None) -> int | None:
@@ -188,11 +193,19 @@ class Processes:
                 del self._running[process]
 
     def stop(self) -> None:
-        """End all that run, and begin no more."""
+        """End all that run, and begin no more; after a moment, since a terminal has told them of its Ctrl-C too."""
         with self._lock:
             self._is_over = True
             running = list(self._running)
+        _wait(running, _MOMENT)
         _end(running)
+
+    def kill(self) -> None:
+        """End at once what still runs."""
+        with self._lock:
+            running = list(self._running)
+        for process in running:
+            process.kill()
 
     @staticmethod
     def _begin(arguments: list[str], device: str | None, log: Path | None) -> subprocess.Popen[bytes]:
@@ -210,13 +223,18 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     left = [process for process in processes if process.poll() is None]
     for process in left:
         process.terminate()
-    until = time.monotonic() + _PATIENCE
-    for process in left:
-        try:
+    for process in _wait(left, _PATIENCE):
+        process.kill()
+        process.wait()
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> list[subprocess.Popen[bytes]]:
+    """Wait for processes, for so long together; return those that still run."""
+    until = time.monotonic() + seconds
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    return [process for process in processes if process.poll() is None]
 
 
 def _time_left(jobs: Sequence[Job], tally: Tally, at_once: int) -> str:
@@ -225,14 +243,14 @@ def _time_left(jobs: Sequence[Job], tally: Tally, at_once: int) -> str:
     over = {job.name for job in tally.done} | set(tally.failed)
     if not known:
         return ""
-    total = 0.0
+    left = []
     for job in jobs:
         if job.name in over:
             continue
         alike = [s for arm, data, s in known if (arm, data) == (job.arm, job.data)]
         alike = alike or [s for arm, _, s in known if arm == job.arm] or [s for *_, s in known]
-        total += max(0.0, sum(alike) / len(alike) - float(job.note().get("seconds", 0.0)))
-    return f"  (about {spoken(total / at_once)} left)"
+        left.append(max(0.0, sum(alike) / len(alike) - float(job.note().get("seconds", 0.0))))
+    return f"  (about {spoken(max(sum(left) / at_once, *left, 0.0))} left)"
 
 
 def spoken(seconds: float) -> str:
