@@ -237,7 +237,7 @@ class FkdCLI(LightningCLI):
         if self._records and is_first_rank():
             self._lock_to_record()
         run = getattr(self.trainer, command)
-        with quiet():
+        with quiet(".*dirpath has changed.*"):  # the checkpoint is only scored
             run(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
         if self.trainer.ckpt_path and self.trainer.is_global_zero:
             self.console.print(f"Weights of {self.trainer.ckpt_path}", markup=False, soft_wrap=True)

@@ -35,14 +35,17 @@ _EXPECTED = (
     ".*Trainer already configured with model summary.*",
     ".*sync_dist=True.*",  # scores are of all ranks' images already, and losses are averaged where they are kept
     ".*callbacks used to create the checkpoint.*",
-    ".*dirpath has changed.*",  # a checkpoint that is only scored
     ".*isinstance.treespec, LeafSpec.*",
 )
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Mute Lightning's notices, and the warnings that say nothing new, inside the block."""
+def quiet(*also: str) -> Iterator[None]:
+    """Mute Lightning's notices, and the warnings that say nothing new, inside the block.
+
+    Args:
+        also: patterns of warnings that say nothing new just here.
+    """
     wanted = dict.fromkeys(_LOGGERS, logging.ERROR) | {_ASKED_FOR: logging.INFO}
     loggers = [logging.getLogger(name) for name in wanted]
     levels = [logger.level for logger in loggers]
@@ -50,7 +53,7 @@ def quiet() -> Iterator[None]:
         _set_level(logger, wanted[logger.name])
     try:
         with warnings.catch_warnings():
-            for message in _EXPECTED:
+            for message in (*_EXPECTED, *also):
                 warnings.filterwarnings("ignore", message)
             yield
     finally:
