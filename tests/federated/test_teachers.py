@@ -89,10 +89,10 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 def test_live_teachers_are_read_once_in_a_run(fed, tmp_path, monkeypatch) -> None:
     """And not in every round, with the same student at the end; what is too large for memory is read again."""
-    from fkd_med.federated import teachers
+    from fkd_med.federated import teacher_files as files
 
     read: list[str] = []
-    original = teachers.read_teacher
+    original = files.read_teacher
 
     def spy(path: Path, client: str, network: nn.Module) -> dict[str, torch.Tensor]:
         read.append(client)
@@ -101,14 +101,14 @@ def test_live_teachers_are_read_once_in_a_run(fed, tmp_path, monkeypatch) -> Non
     def train(name: str) -> dict[str, torch.Tensor]:
         module = fed.distilled(tmp_path / "teachers")
         fed.trainer(tmp_path / name, Federation(rounds=3)).fit(module, datamodule=fed.Hospitals())
-        assert not module.teacher_source._kept, "nothing stays after the fit"
+        assert not module.teacher_source._reader.kept, "nothing stays after the fit"
         return module.state_dict()
 
     train("trains the teachers")
-    monkeypatch.setattr(teachers, "read_teacher", spy)
+    monkeypatch.setattr(files, "read_teacher", spy)
     kept = train("kept")
     assert read == ["a", "b", "c"]
-    monkeypatch.setattr(teachers, "KEPT_BYTES", 1)
+    monkeypatch.setattr(files, "KEPT_BYTES", 1)
     again = train("again")
     assert read[3:] == ["a", "b", "c"] * 3
     assert fed.same(kept, again)
@@ -126,10 +126,10 @@ def test_another_teacher_takes_the_place_of_one_that_was_kept(fed, tmp_path) -> 
             given = stage.load("a")
             assert fed.same(fed.weights(given), load_file(path)) and next(given.parameters()).requires_grad
             next(given.parameters()).data.zero_()  # whoever gets it may change it
-    assert list(stage._kept) == [path] and not pickle.loads(pickle.dumps(stage.__getstate__()["_kept"]))
+    assert list(stage._reader.kept) == [path] and not pickle.loads(pickle.dumps(stage._reader)).kept
     stage.ensure("a", fed.Hospitals(), flags=FLAGS)
     stage.load("a")
-    assert not stage._kept, "a training without rounds reads once and keeps nothing"
+    assert not stage._reader.kept, "a training without rounds reads once and keeps nothing"
 
 
 def test_teacher_never_changes_while_it_teaches(fed, tmp_path) -> None:

@@ -17,8 +17,9 @@ from rich.console import Console
 
 from fkd_med.errors import RunError
 from fkd_med.study import Job, run_jobs
+from fkd_med.study import processes as processes_module
 from fkd_med.study import runner as runner_module
-from fkd_med.study.runner import Processes
+from fkd_med.study.processes import Processes
 
 
 def console() -> Console:
@@ -92,7 +93,7 @@ def small_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     def python(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
         return real([sys.executable, "-c", command[-1]], **options)
 
-    monkeypatch.setattr(runner_module.subprocess, "Popen", python)
+    monkeypatch.setattr(processes_module.subprocess, "Popen", python)
 
 
 @pytest.mark.usefixtures("small_programs")
@@ -110,7 +111,7 @@ def test_a_process_ends_with_its_code_or_its_time(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small_programs")
 def test_a_process_that_will_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner_module, "_PATIENCE", 0.2)
+    monkeypatch.setattr(processes_module, "_PATIENCE", 0.2)
     deaf = f"import signal, time; signal.signal({int(signal.SIGTERM)}, signal.SIG_IGN); time.sleep(60)"
     started = time.monotonic()
     assert Processes()([deaf], 1.0) is None

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from fkd_med.errors import RunError
 from fkd_med.foreign_files import read_tensors, refuse_non_finite
 
+KEPT_BYTES = 1 << 30  # of teachers in memory between rounds
+
 
 def read_teacher(path: Path, client: str, network: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of a client's teacher.
@@ -40,6 +42,35 @@ def read_teacher(path: Path, client: str, network: nn.Module) -> dict[str, Tenso
         f"The teacher of {client} in {path} does not fit {type(network).__name__}, the network of "
         f"model.teacher.module: {first}. Configure the architecture it was trained with, or give another file."
     )
+
+
+class TeacherReader:
+    """Reads teachers as `read_teacher` does, and may keep what it has read.
+
+    The rounds of a federation ask for the same few files over and over. Kept are up to `KEPT_BYTES` of tensors, in each
+    process (see ``federation.parallel``); another process is sent none of them.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[Path, dict[str, Tensor]] = {}
+        self._keeps = False
+
+    def begin(self, keeps: bool) -> None:
+        """Forget what is kept, since the files may be others now, and keep what is read from now on or not."""
+        self.kept.clear()
+        self._keeps = keeps
+
+    def read(self, path: Path, client: str, network: nn.Module) -> dict[str, Tensor]:
+        """Return the tensors of a client's teacher, not to be changed; arguments and errors as of `read_teacher`."""
+        if path in self.kept:
+            return self.kept[path]
+        state = read_teacher(path, client, network)
+        if self._keeps and sum(t.nbytes for one in (*self.kept.values(), state) for t in one.values()) <= KEPT_BYTES:
+            self.kept[path] = state
+        return state
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"kept": {}}
 
 
 def is_whole(path: Path, key: str) -> bool:

@@ -12,10 +12,9 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
 from fkd_med.checkpoints import LastCheckpoint, SafeCheckpointIO
 from fkd_med.errors import ConfigError
@@ -23,16 +22,16 @@ from fkd_med.federated.client_data import ClientData
 from fkd_med.federated.inner import inner_trainer, is_trial, release
 from fkd_med.federated.progress import LossOnBar, Reporter
 from fkd_med.federated.quiet import quiet
-from fkd_med.federated.teacher_files import is_whole, read_teacher
+from fkd_med.federated.teacher_curve import TeacherCurve
+from fkd_med.federated.teacher_files import TeacherReader, is_whole, read_teacher
 from fkd_med.federated.teacher_key import teacher_key
 from fkd_med.files import atomic_write_bytes, atomic_write_text
 from fkd_med.locks import is_queued, queued
 from fkd_med.modules import SegmentationModule, TeacherSource
-from fkd_med.ranks import as_first_rank_says, is_first_rank, mean_of_ranks
+from fkd_med.ranks import as_first_rank_says, is_first_rank
 from fkd_med.seeding import SeedEpochs, global_seed, seeded
 
 POOLED = "all-clients"
-KEPT_BYTES = 1 << 30  # of teachers in memory between rounds
 
 
 class TeacherStage(TeacherSource):
@@ -63,8 +62,7 @@ class TeacherStage(TeacherSource):
         self.store = Path(store)
         self.checkpoints = {client: Path(path) for client, path in (checkpoints or {}).items()}
         self.files: dict[str, Path] = {}
-        self._kept: dict[Path, dict[str, Tensor]] = {}  # what `load` has read, in a federation
-        self._keeps = False
+        self._reader = TeacherReader()
         self._fitting: set[str] = set()  # clients whose checkpoint has been read, and fits
 
     def ensure(self, client: str | None, data: Any, **options: Any) -> Path:
@@ -79,8 +77,7 @@ class TeacherStage(TeacherSource):
             RunError: a given checkpoint is missing, damaged or of another architecture.
         """
         name = client or POOLED
-        self._kept.clear()
-        self._keeps = bool(options.get("federated"))
+        self._reader.begin(keeps=bool(options.get("federated")))
         if name in self.checkpoints:
             self._check_brought(name)
             self.files[name] = self.checkpoints[name]
@@ -153,28 +150,15 @@ class TeacherStage(TeacherSource):
             )
 
     def load(self, client: str | None) -> nn.Module:
-        """Return a client's teacher network; call `ensure` first.
-
-        The rounds of a federation ask for the same few files over and over: up to `KEPT_BYTES` of them stay in memory
-        (in each process, see ``federation.parallel``) until the next `ensure` or `forget`.
-        """
+        """Return a client's teacher network; call `ensure` first. A federation reads a file once, see `TeacherReader`."""
         name = client or POOLED
-        path = self.files[name]
-        state = self._kept.get(path) or read_teacher(path, name, self.module.network)
-        if self._keeps and _bytes(*self._kept.values(), *([] if path in self._kept else [state])) <= KEPT_BYTES:
-            self._kept[path] = state
         network = copy.deepcopy(self.module.network)
-        network.load_state_dict(state)
+        network.load_state_dict(self._reader.read(self.files[name], name, self.module.network))
         return network
 
     def forget(self) -> None:
         """Keep no teachers in memory any longer."""
-        self._kept.clear()
-        self._keeps = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave what is kept behind: another process reads it itself."""
-        return vars(self) | {"_kept": {}}
+        self._reader.begin(keeps=False)
 
     def _length(self, flags: Mapping[str, Any]) -> int:
         return min(1, self.epochs) if is_trial(flags) else self.epochs
@@ -257,51 +241,3 @@ class TeacherStage(TeacherSource):
         atomic_write_text(folder / "teacher.json", json.dumps(note, indent=1, default=str))
         if (folder / "training").exists():
             shutil.rmtree(folder / "training")
-
-
-def _bytes(*states: Mapping[str, Tensor]) -> int:
-    return sum(tensor.nbytes for state in states for tensor in state.values())
-
-
-class TeacherCurve(L.Callback):
-    """Reports each epoch of a teacher's training, on the teacher's own step axis: epochs."""
-
-    def __init__(self, name: str, epochs: int, reporter: Reporter, log: Any = None) -> None:
-        # Not `self.log`: Lightning puts its own there, on every callback.
-        self.name, self.epochs, self.reporter, self.send = name, epochs, reporter, log
-        self.rows: list[dict[str, float]] = []
-
-    @property
-    def best(self) -> float:
-        """The best validation Dice so far; of an interrupted training too, even if nothing was left to train."""
-        return max([row["val/dice"] for row in self.rows if "val/dice" in row], default=float("nan"))
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count epochs that an earlier, interrupted training has done."""
-        self.reporter.skip(trainer.current_epoch)
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the epoch, and print the last one; where there is no bar, others too, one a minute."""
-        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k in ("val/dice", "val/loss")}
-        if "train/loss_epoch" in trainer.callback_metrics:
-            metrics["train/loss"] = float(trainer.callback_metrics["train/loss_epoch"])
-        epoch, metrics = trainer.current_epoch + 1, mean_of_ranks(metrics)
-        self.rows.append({"epoch": epoch, **metrics})
-        if self.send is not None and trainer.is_global_zero:
-            self.send({f"teacher/{self.name}/{k}": v for k, v in metrics.items()}, epoch)
-        self.reporter.advance()
-        left = self.reporter.time_left()
-        scores = f"best validation Dice {self.best:.3f}"
-        scores += f", {left} left for teachers" if left not in ("", "0:00") else ""
-        if epoch == self.epochs:
-            self.reporter.line(f"teacher of {self.name}: {epoch} epoch{'s' * (epoch > 1)}, {scores}")
-        else:
-            self.reporter.line_if_long(f"teacher of {self.name}: epoch {epoch}/{self.epochs}, {scores}")
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the curve so far."""
-        return {"rows": self.rows}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the curve of an interrupted training."""
-        self.rows = list(state_dict["rows"])
