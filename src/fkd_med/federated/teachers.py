@@ -150,7 +150,7 @@ class TeacherStage(TeacherSource):
             )
 
     def load(self, client: str | None) -> nn.Module:
-        """Return a client's teacher network; call `ensure` first. A federation reads a file once, see `TeacherReader`."""
+        """Return a client's teacher network; call `ensure` first. A federation reads a file once (`TeacherReader`)."""
         name = client or POOLED
         network = copy.deepcopy(self.module.network)
         network.load_state_dict(self._reader.read(self.files[name], name, self.module.network))
