@@ -233,3 +233,20 @@ def test_pretrained_weights_without_a_network(
 def test_no_command_of_that_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fti"]) == 2
     assert "fkd fit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [("--model", "model.network (Unet)"), ("--model.teacher.module", "model.teacher.module.network (Unet)")],
+)
+def test_student_and_teacher_are_tried_before_anything_is_written(
+    key: str, named: str, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = tmp_path / "network.yaml"
+    arguments = "{encoder_name: mobileone_s0, encoder_weights: null, activation: sigmoid}"
+    network.write_text(f"class_path: segmentation_models_pytorch.Unet\ninit_args: {arguments}\n")
+    command = ["--config", str(tiny_run.parents[1] / "tiny.yaml"), "--run_dir", str(tmp_path / "run")]
+    options = [f"{key}.network={network}", f"--model.teacher.store={tmp_path / 'teachers'}"]
+    assert main(["fit", *command, *options]) == 2
+    assert f"{named} ends in a sigmoid" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists() and not (tmp_path / "teachers").exists()

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
 from torch import nn
 
 from fkd_med.cli import main
-from fkd_med.cli.monitor import check_monitor
+from fkd_med.cli.monitor import check_callbacks, check_monitor
 from fkd_med.errors import ConfigError
 from fkd_med.modules import SegmentationModule
 
@@ -40,15 +41,41 @@ def test_modules_of_others_may_log_what_they_like() -> None:
         ("val/dcie", "max", ["a"], "there is no 'val/dcie'. Did you mean val/dice?.*a/val_dice"),
         ("b/val_dice", "max", ["a"], "Did you mean a/val_dice"),
         ("train/loss", "min", ["a"], "There are val/dice"),
-        ("val/dice", "min", None, "keeps the round with the smallest val/dice: give --checkpoint.mode max"),
+        (
+            "val/dice",
+            "min",
+            None,
+            "takes the smallest val/dice for the best: give --checkpoint.mode max",
+        ),
         ("step", "min", ["a"], "--checkpoint.mode max"),
-        ("val/loss", "max", ["a"], "keeps the round with the largest val/loss: give --checkpoint.mode min"),
+        ("val/loss", "max", ["a"], "takes the largest val/loss for the best: give --checkpoint.mode min"),
         ("train/loss", "max", None, "--checkpoint.mode min"),
     ],
 )
 def test_what_is_not_or_is_turned_is_refused(monitor: str, mode: str, clients: list[str] | None, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_monitor(monitor, mode, SegmentationModule(nn.Conv2d(3, 1, 1)), clients)
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (
+            EarlyStopping("val/dcie", mode="max"),
+            "callbacks: EarlyStopping.monitor: there is no 'val/dcie'. Did you mean val/",
+        ),
+        (
+            EarlyStopping("val/dice"),
+            "callbacks: EarlyStopping.mode is min, .* give trainer.callbacks: EarlyStopping.mode",
+        ),
+        (ModelCheckpoint(monitor="val/iuo", mode="max"), "callbacks: ModelCheckpoint.monitor: .* Did you mean val/iou"),
+    ],
+)
+def test_callbacks_of_the_users_own_are_checked_too(callback: L.Callback, message: str) -> None:
+    module = SegmentationModule(nn.Conv2d(3, 1, 1))
+    check_callbacks([RichProgressBar(), ModelCheckpoint(), EarlyStopping("val/dice", mode="max")], module, ["a"])
+    with pytest.raises(ConfigError, match=message):
+        check_callbacks([callback], module, ["a"])
 
 
 def test_it_is_said_before_anything_is_trained_or_written(

@@ -17,7 +17,7 @@ from fkd_med.cli.changes import Change
 from fkd_med.cli.configuration import refuse_inside_data, settle
 from fkd_med.cli.console import wide_console
 from fkd_med.cli.hardware import check_accelerator
-from fkd_med.cli.monitor import check_monitor
+from fkd_med.cli.monitor import check_callbacks, check_monitor
 from fkd_med.cli.processes import check_started
 from fkd_med.cli.repeated import forget_rounds
 from fkd_med.cli.report import Report
@@ -202,7 +202,8 @@ class FkdCLI(LightningCLI):
             refuse_inside_data(self.run_dir.path, datamodule)
         clients = None if trainer.federation is None else datamodule.client_names()
         check_monitor(self.given.checkpoint.monitor, self.given.checkpoint.mode, model, clients)
-        trainer.check_teachers(model, datamodule)
+        check_callbacks(trainer.callbacks, model, clients)
+        trainer.check_model(model, datamodule)
         if not fast and is_first_rank():
             self.stack.enter_context(self.run_dir.lock())
             text = self.unwritten = settled_text(self.parser, self.config, self.plan.derived)

@@ -84,6 +84,10 @@ class EnsembleTeachers(TeacherSource):
         """Refuse a configuration that names clients which do not exist."""
         self.teachers.check_names(clients)
 
+    def check_fits(self, image: Tensor, classes: int) -> None:
+        """Refuse members that cannot be trained on such images."""
+        self.teachers.check_fits(image, classes)
+
     def check_trained(self, clients: Sequence[str | None]) -> None:
         """Refuse untrained members."""
         self.teachers.check_trained(clients)

@@ -14,7 +14,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from fkd_med.checkpoints import LastCheckpoint, SafeCheckpointIO
 from fkd_med.errors import ConfigError
@@ -27,7 +27,7 @@ from fkd_med.federated.teacher_files import TeacherReader, is_whole, read_teache
 from fkd_med.federated.teacher_key import teacher_key
 from fkd_med.files import atomic_write_bytes, atomic_write_text
 from fkd_med.locks import is_queued, queued
-from fkd_med.modules import SegmentationModule, TeacherSource
+from fkd_med.modules import SegmentationModule, TeacherSource, check_fits
 from fkd_med.ranks import as_first_rank_says, is_first_rank
 from fkd_med.seeding import SeedEpochs, global_seed, seeded
 
@@ -134,6 +134,10 @@ class TeacherStage(TeacherSource):
         if name not in self._fitting:
             read_teacher(self.checkpoints[name], name, self.module.network)
             self._fitting.add(name)
+
+    def check_fits(self, image: Tensor, classes: int) -> None:
+        """Refuse a module that cannot be trained on such images; ConfigError, see `check_fits` of a module."""
+        check_fits(self.module, image, classes, "model.teacher.module")
 
     def check_trained(self, clients: Sequence[str | None]) -> None:
         """Refuse to give untrained teachers to a student that only copies them.

@@ -23,7 +23,7 @@ from fkd_med.federated.progress import EpochProgress, Reporter
 from fkd_med.federated.quiet import quiet
 from fkd_med.federated.sharing import TeacherExchange, check_consent
 from fkd_med.federated.strategies import check_batch_norm, check_parallel, check_strategy
-from fkd_med.modules import DistillationModule, TeacherSource
+from fkd_med.modules import DistillationModule, SegmentationModule, TeacherSource, check_fits
 from fkd_med.modules.teacher_cache import Surroundings, ensure_maps, image_count
 from fkd_med.rundir import RunDir
 
@@ -131,10 +131,19 @@ class FederatedTrainer(L.Trainer):
         if not self.fast_dev_run:  # Lightning's ModelCheckpoint forgets that in on_train_end
             super().save_checkpoint(*args, **kwargs)
 
-    def check_teachers(self, model: L.LightningModule, datamodule: Any) -> None:
-        """See that the teachers a configuration brings can be used, before anything is written or trained."""
+    def check_model(self, model: L.LightningModule, datamodule: Any) -> None:
+        """See, before anything is written, that networks and losses fit the data and teachers can be used.
+
+        Raises:
+            ConfigError, RunError: they do not, or cannot; names the key.
+        """
+        image = sample_image(datamodule)
+        if isinstance(model, SegmentationModule) and image is not None:
+            check_fits(model, image, datamodule.classes)
         if isinstance(model, DistillationModule) and model.active_losses and model.teacher_source is not None:
             model.check_teachers(self._taught(datamodule))
+            if image is not None:
+                model.teacher_source.check_fits(image, datamodule.classes)
 
     def _taught(self, datamodule: Any) -> list[str | None]:
         """Return whose teachers a run needs; None is the pool of all clients."""
@@ -152,6 +161,8 @@ class FederatedTrainer(L.Trainer):
             raise ConfigError("This configuration has no teachers: model must be a DistillationModule with a teacher.")
         if self.federation is not None:
             check_consent(self.federation.share_teachers, self.federation.is_local, model)
+        if (image := sample_image(datamodule)) is not None:
+            model.teacher_source.check_fits(image, datamodule.classes)
         self._ensure(model, datamodule, self._taught(datamodule))
 
     def arm(self, client: str | None = None) -> str:

@@ -1,6 +1,7 @@
 """LightningModules: SegmentationModule for teachers and plain students, DistillationModule for taught students."""
 
 from fkd_med.modules.distillation import DistillationModule
+from fkd_med.modules.dry_pass import check_fits
 from fkd_med.modules.evaluated import predict_classes
 from fkd_med.modules.mutual import MutualDistillationModule
 from fkd_med.modules.schedule import RunClock, WarmupCosine
@@ -14,6 +15,7 @@ __all__ = [
     "SegmentationModule",
     "TeacherSource",
     "WarmupCosine",
+    "check_fits",
     "freeze",
     "predict_classes",
 ]
