@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -180,3 +181,38 @@ def test_an_unreadable_ledger_is_no_obstacle(tmp_path: Path, text: str) -> None:
 def test_ledger_columns_may_come_in_any_order_and_number(tmp_path: Path) -> None:
     (tmp_path / "ledger.csv").write_text("bytes,cumulative,round,client\n10,10,0,a\n5,15,0,b\n7,22,1,a\n")
     assert read_bytes(tmp_path / "ledger.csv") == {0: 15, 1: 7}
+
+
+def test_the_reference_does_not_change_when_a_run_is_tested_again(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", "federated", 0.1, teacher=True)
+    write_run(run, "local-only", 0.0)
+    again = [row for row in ImageTable.read(run / "images.csv").of("test", arm="federated")]
+    assert compare([run]).arms[0].name == "federated student"
+    ImageTable.append(run / "images.csv", again)
+    assert [arm.name for arm in compare([run]).arms] == ["federated student", "local teacher", "local-only student"]
+    alone = write_run(tmp_path / "alone", "local-only", 0.0)
+    assert compare([alone, run]).arms[0].run == alone
+
+
+def manifest(run: Path, changed: int) -> None:
+    rows = [f"t{i},{c},test,p{i},{'x' if i < changed else 'y'}{c}{i}" for c in CLIENTS for i in range(12)]
+    (run / "manifest.csv").write_text("\n".join(["id,client,split,patient,sha256", *rows]) + "\n")
+
+
+def test_images_of_the_same_name_must_be_the_same(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "plain", "fedavg", 0.0), write_run(tmp_path / "better", "fkd", 0.1)]
+    manifest(runs[0], changed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compare(runs)  # one of them knows nothing of its images
+    manifest(runs[1], changed=2)
+    with pytest.warns(UserWarning, match="fkd student against fedavg student: 4 images .* other masks") as said:
+        difference = compare(runs).arms[1].difference
+    assert "24 and 20 scored images, 20 of them in both" in str(said[1].message)
+    assert difference is not None and difference.clients["a"].patients == 10
+    manifest(runs[1], changed=12)
+    with pytest.warns(UserWarning), pytest.raises(RunError, match="fkd student against fedavg student: Arms without"):
+        compare(runs)
+    (runs[1] / "manifest.csv").write_bytes(b"\xff\xfe")
+    with pytest.warns(UserWarning, match="manifest.csv cannot be read"):
+        compare(runs)

@@ -1,7 +1,7 @@
 """`fkd compare`: the arms of several runs side by side, from their images.csv.
 
 An arm is one model trained one way in one run, such as the federated student. Every arm is compared with the
-reference, the first student of the first run, image by image.
+reference, the student of the first run, image by image.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import csv
 import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from fkd_med.evaluation.history import read_curve
 from fkd_med.evaluation.intervals import MIN_PATIENTS, Interval, Intervals, bootstrap_difference, bootstrap_mean
 from fkd_med.evaluation.plots import Curve, plot_bytes, plot_rounds
 from fkd_med.evaluation.rows import ImageRow, ImageTable, group_arms
+from fkd_med.evaluation.same_images import read_hashes, unchanged
 from fkd_med.evaluation.sheet import Column, Sheet
 from fkd_med.evaluation.summary import Summary, summarize
 from fkd_med.evaluation.tables import number
@@ -71,7 +73,8 @@ def compare(run_dirs: Sequence[Path], output: Path | None = None, seed: int = 0)
     """Compare the arms of runs on their test images; a teacher that runs share is listed once.
 
     Args:
-        run_dirs: Run directories; the first one holds the reference.
+        run_dirs: Run directories; the first one holds the reference: its student, and not that of hospitals alone where
+            it has both.
         output: Folder for compare.csv, compare.md and the plots; made when absent.
         seed: Seed of the bootstrap.
 
@@ -97,13 +100,17 @@ def _read_arms(runs: Sequence[Path], seed: int) -> list[Arm]:
                 curve = read_curve(table.of("val", rows[0].model, rows[0].arm), run / "ledger.csv")
                 found.append((name, run, rows, curve))
     names = _distinct([(name, run) for name, run, _, _ in found])
-    first = next((i for i, f in enumerate(found) if f[2][0].model != "teacher"), 0)
+    first = _reference([(run, rows[0]) for _, run, rows, _ in found])
     order = [first, *(i for i in range(len(found)) if i != first)]
-    reference = found[first][2]
+    hashes = {run: read_hashes(run / "manifest.csv") for run in runs}
     arms = []
     for i in order:
         _, run, rows, curve = found[i]
-        difference = None if i == first else _difference(names[first], reference, names[i], rows, seed)
+        difference = None
+        if i != first:
+            with _named(f"{names[i]} against {names[first]}"):
+                same = unchanged(rows, hashes[found[first][1]], hashes[run])
+                difference = bootstrap_difference(found[first][2], same, "dice", seed)
         arms.append(Arm(names[i], run, rows, summarize(rows), bootstrap_mean(rows, "dice", seed), difference, curve))
     return arms
 
@@ -137,16 +144,28 @@ def _distinct(arms: Sequence[tuple[str, Path]]) -> list[str]:
     return labels
 
 
-def _difference(reference: str, first: list[ImageRow], name: str, second: list[ImageRow], seed: int) -> Intervals:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            difference = bootstrap_difference(first, second, "dice", seed)
-        except RunError as error:
-            raise RunError(f"{name} against {reference}: {error}") from None
-    for warning in caught:
-        warnings.warn(f"{name} against {reference}: {warning.message}", stacklevel=2)
-    return difference
+def _reference(arms: Sequence[tuple[Path, ImageRow]]) -> int:
+    """Return which arm all others are compared with: a student of the first run that has one, a federated one first.
+
+    The order of rows does not decide: an arm that is tested again stands last.
+    """
+    students = [i for i, (_, row) in enumerate(arms) if row.model != "teacher"] or [0]
+    together = [i for i in students if arms[i][0] == arms[students[0]][0]]
+    return min(together, key=lambda i: arms[i][1].arm == "local-only")
+
+
+@contextmanager
+def _named(pair: str) -> Iterator[None]:
+    """Put the names of two arms before what is said of them inside the block."""
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    except RunError as error:
+        raise RunError(f"{pair}: {error}") from None
+    finally:
+        for warning in caught:
+            warnings.warn(f"{pair}: {warning.message}", stacklevel=3)
 
 
 def _hospitals(arms: Sequence[Arm]) -> list[str]:
