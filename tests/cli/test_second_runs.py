@@ -71,6 +71,37 @@ def test_another_seed_on_the_command_line_does_not_deal_the_images_anew(tiny_run
     assert (run / "images.csv").read_bytes().startswith(before)
 
 
+def test_a_run_that_has_lost_its_manifest_is_not_dealt_anew(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    copy = (run / "manifest.csv").rename(tmp_path / "copy.csv")
+    before = (run / "images.csv").read_bytes()
+    assert command(tiny_run, "test", run) == 2
+    assert "manifest.csv is missing" in capsys.readouterr().err and (run / "images.csv").read_bytes() == before
+    assert command(tiny_run, "test", run, f"--data.manifest={copy}") == 0
+
+
+def test_a_student_is_scored_on_images_of_others(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "others"
+    shutil.copytree(tiny_run.parents[1] / "phantoms", data)
+    (data / "phantoms.json").unlink()
+    names, *lines = (data / "clients.csv").read_text().splitlines()
+    (data / "clients.csv").write_text("\n".join([f"{names},split", *(f"{line},test" for line in lines)]))
+    others = (
+        f"--data.root={data}",
+        "--data.layout=fkd_med.data.FolderPair",
+        f"--ckpt_path={tiny_run / 'student.ckpt'}",
+    )
+    assert command(tiny_run, "test", tmp_path / "run", *others) == 0
+    said = capsys.readouterr().out
+    assert "student.ckpt" in said and all(f"hospital-{name}" in said for name in "ab")
+    assert not (tmp_path / "run").exists()
+
+
 def test_other_weights_are_shown_and_not_kept(tiny_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)

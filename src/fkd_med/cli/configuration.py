@@ -52,7 +52,7 @@ def settle(config: Namespace, command: str, files: list[str]) -> Plan:
         files: the configuration files, which name a run without a folder.
 
     Raises:
-        RunError: the checkpoint asked for does not exist.
+        RunError: the checkpoint asked for does not exist, or the run's manifest is gone.
         ConfigError: a network was given other channels, classes or sizes than the data have.
     """
     run_dir = RunDir(Path(config.run_dir or Path("runs") / _run_name(files)).expanduser())
@@ -66,7 +66,7 @@ def settle(config: Namespace, command: str, files: list[str]) -> Plan:
     plan = Plan(run_dir, asked_for, checkpoint, command == "fit" and checkpoint is not None, derived)
     if plan.resumes or command in ("validate", "test"):
         config.seed_everything = _stored_seed(run_dir.config, config.seed_everything)
-        if _take_stored_manifest(config, run_dir.manifest):
+        if _take_stored_manifest(config, run_dir):
             derived.add(("data", "init_args", "manifest"))
     fit_networks_to_data(config)
     return plan
@@ -142,14 +142,25 @@ def _keeps_students(config: Namespace) -> bool:
     return aggregator is None or not getattr(_class(aggregator["class_path"]), "weights_travel", True)
 
 
-def _take_stored_manifest(config: Namespace, manifest: Path) -> bool:
-    """Give the data module the run's manifest unless the user names one; tell whether it was given."""
+def _take_stored_manifest(config: Namespace, run_dir: RunDir) -> bool:
+    """Give the data module the run's manifest unless the user names one; tell whether it was given.
+
+    Raises:
+        RunError: the run has lost it, so that nobody knows which images it was trained on.
+    """
     data = config.get("data")
     arguments = data.get("init_args") if data is not None else None
-    if arguments is None or arguments.get("manifest", "") is not None or not manifest.is_file():
+    if arguments is None or arguments.get("manifest", "") is not None:
         return False
-    arguments.manifest = str(manifest)
-    return True
+    if run_dir.manifest.is_file():
+        arguments.manifest = str(run_dir.manifest)
+        return True
+    if run_dir.config.is_file():
+        raise RunError(
+            f"{run_dir.manifest} is missing. It says which images the run was trained on: dealt anew, some of them "
+            "would be tested. Restore it, or name a copy: --data.manifest FILE."
+        )
+    return False
 
 
 def fit_networks_to_data(config: Namespace) -> None:

@@ -25,7 +25,7 @@ from fkd_med.files import atomic_write_text, open_regular
 
 SPLITS = ("train", "val", "test")
 UNLABELLED = "unlabelled"  # trained on, but by what a teacher says of it: without a mask, or with one that is not used
-_REMEDY = "Remove the manifest to have the data partitioned anew, or restore the files it was made from."
+_REMEDY = "Restore the files it was made from; a new run without data.manifest deals the images anew."
 _log = logging.getLogger(__name__)
 
 
