@@ -74,6 +74,9 @@ def test_verify_notices_changed_and_missing_files(tmp_path: Path, caplog: pytest
     manifest = Manifest(ManifestRow(r.id, "x", "train", r.patient, hash_record(r)) for r in records)
     manifest.verify(reversed(records))
     manifest.verify([*records, Record("new", tmp_path / "new.png")])
+    with caplog.at_level("WARNING"):
+        manifest.verify([*(replace(r, client="x") for r in records), Record("n", tmp_path / "n.png", client="north")])
+    assert "1 images are not in it and not used. Nor is north: hospitals join by a new run" in caplog.text
     assert "1 images are not in it" in caplog.text
     with pytest.raises(DataError, match=r"1 images are not in the data: b\."):
         manifest.verify([records[0], records[2]])

@@ -11,9 +11,10 @@ import torch
 
 from fkd_med.aggregation import CoordinateMedian, FedNova, MultiKrum
 from fkd_med.aggregation.firewall import Firewall
-from fkd_med.errors import ConfigError, TrainingError
+from fkd_med.errors import ConfigError, DataError, RunError, TrainingError
 from fkd_med.federated import Chaos, Federation, FedNovaRule, Number
 from fkd_med.federated.absences import Absence, Absences
+from fkd_med.federated.exchange import Exchange
 
 
 def run(fed: Any, folder: Path, rounds: int = 2, ckpt: str | None = None, module: Any = None, **recipe: Any) -> Any:
@@ -114,6 +115,59 @@ def test_a_real_failure_is_survived_if_the_quorum_holds(fed, tmp_path) -> None:
     assert row["client"] == "b" and row["kind"] == "failed" and "loss is not finite" in row["reason"]
     with pytest.raises(TrainingError, match="loss is not finite"):
         fed.trainer(tmp_path / "strict", Federation(rounds=1)).fit(fed.student(), datamodule=Hospitals())
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "reason"),
+    [
+        (RuntimeError("CUDA out of memory\nat length"), "^CUDA out of memory", "RuntimeError: CUDA out of memory"),
+        (DataError("b/1.png: damaged."), "^Client b, round 1: b/1.png: damaged", "b/1.png: damaged."),
+    ],
+)
+def test_whatever_a_hospitals_training_raises_is_its_failure(fed, tmp_path, error, raised, reason) -> None:
+    class Hospitals(fed.Hospitals):
+        def client_train_dataloader(self, client: str | None, round: int = 0) -> Any:
+            if client == "b":
+                raise error
+            return super().client_train_dataloader(client, round)
+
+    fed.trainer(tmp_path, Federation(rounds=2, quorum=0.6)).fit(fed.student(), datamodule=Hospitals())
+    with open(tmp_path / "absences.csv") as file:
+        missing = [(row["round"], row["client"], row["kind"], row["reason"]) for row in csv.DictReader(file)]
+    assert missing == [("1", "b", "failed", reason), ("2", "b", "failed", reason)]
+    with pytest.raises(type(error), match=raised):
+        fed.trainer(tmp_path / "strict", Federation(rounds=1)).fit(fed.student(), datamodule=Hospitals())
+
+
+def test_what_is_wrong_with_all_hospitals_ends_the_run(fed, tmp_path) -> None:
+    class Hospitals(fed.Hospitals):
+        def client_train_dataloader(self, client: str | None, round: int = 0) -> Any:
+            raise RunError("The disk is full.")
+
+    with pytest.raises(RunError, match="The disk is full"):
+        fed.trainer(tmp_path, Federation(rounds=1, quorum=0.6)).fit(fed.student(), datamodule=Hospitals())
+
+
+@pytest.mark.parametrize("sent", [b"GET / HTTP/1.1", b"", None])
+def test_an_update_that_cannot_be_read_is_set_aside(fed, tmp_path, monkeypatch, sent) -> None:
+    receive = Exchange.receive
+
+    def garbled(exchange: Exchange, update: Any, broadcast: Any, residual: Any = None) -> Any:
+        path, rest = receive(exchange, update, broadcast, residual)
+        if update.client == "b":  # None: it claims to be another hospital
+            path.write_bytes(exchange.path("a", update.round).read_bytes() if sent is None else sent)
+        return path, rest
+
+    monkeypatch.setattr(Exchange, "receive", garbled)
+    garbled_run, _ = run(fed, tmp_path / "garbled", quorum=0.6)
+    with open(tmp_path / "garbled" / "absences.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["client"], row["kind"]) for row in rows] == [("b", "quarantined")] * 2
+    assert all(row["reason"].startswith("cannot be read: ") and "b" in row["reason"] for row in rows)
+    without, _ = run(fed, tmp_path / "without", quorum=0.6, chaos=Chaos(liars={"b": "nan"}))
+    assert fed.same(fed.weights(garbled_run), fed.weights(without))
+    with pytest.raises(TrainingError):
+        run(fed, tmp_path / "open", quorum=0.6, firewall=None)
 
 
 def broken(fed: Any) -> Any:

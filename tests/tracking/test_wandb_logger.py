@@ -10,15 +10,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import numpy as np
 import pytest
+import wandb
 from rich.console import Console
 from wandb.proto import wandb_internal_pb2
 
 from fkd_med.cli.wandb_parts import record_part, recorded_parts
+from fkd_med.errors import RunError
 from fkd_med.rundir import RunDir
 from fkd_med.tracking import WandbLogger
+from fkd_med.tracking.wandb_logger import has_account
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -208,3 +212,38 @@ def test_a_run_of_an_earlier_version_has_an_id_and_no_parts(tmp_path) -> None:
     assert recorded_parts(run) == (None, [])
     run.wandb_id.write_text("abcd1234")
     assert recorded_parts(run) == ("abcd1234", [])
+
+
+@pytest.mark.parametrize(
+    ("server", "host", "known"),
+    [
+        (None, "api.wandb.ai", True),
+        (None, urlparse(wandb.Settings().base_url).hostname, True),  # what `wandb login` of this version writes
+        (None, "wandb.hospital.org", False),
+        ("https://wandb.hospital.org", "wandb.hospital.org", True),
+        ("https://wandb.hospital.org", "api.wandb.ai", False),
+    ],
+)
+def test_a_key_counts_for_the_server_that_the_run_goes_to(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, server: str | None, host: str, known: bool
+) -> None:
+    assert not has_account()
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "netrc").write_text(f"machine {host}\n  login user\n  password {'0' * 40}\n")
+    if server:
+        monkeypatch.setenv("WANDB_BASE_URL", server)
+    assert has_account() == known
+
+
+def test_a_server_that_cannot_be_reached_is_one_error_with_a_remedy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def unreachable(**_: Any) -> None:
+        raise wandb.errors.CommError("<no message>\nmore of it")
+
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(wandb, "init", unreachable)
+    logger = WandbLogger()
+    logger.place(str(tmp_path), "run")
+    with pytest.raises(RunError, match=r"Weights & Biases \(https://.*<no message> WANDB_MODE=offline records"):
+        logger.log_hyperparams({"a": 1})

@@ -143,7 +143,17 @@ class Manifest:
                 f"{listing(changed)}. {_REMEDY}"
             )
         if len(found) > len(self.rows):
-            _log.warning("%s: %d images are not in it and not used.", self.source, len(found) - len(self.rows))
+            number = len(found) - len(self.rows)
+            _log.warning(
+                "%s: %d images are not in it and not used.%s", self.source, number, self._joined(found.values())
+            )
+
+    def _joined(self, records: Iterable[Record]) -> str:
+        """Say which hospitals, where the data name them, are not in it."""
+        named, known = {record.client for record in records if record.client}, set(self.clients())
+        if not named & known or named <= known:
+            return ""
+        return f" Nor is {listing(sorted(named - known))}: hospitals join by a new run, without data.manifest."
 
 
 def hash_record(record: Record) -> str:

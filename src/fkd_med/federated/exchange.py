@@ -151,14 +151,21 @@ class StoredUpdates:
         self.exchange, self.files, self.start = exchange, files, broadcast
 
     def __iter__(self) -> Iterator[Update]:
+        return (self.read(client) for client in sorted(self.files))
+
+    def read(self, client: str) -> Update:
+        """Return one client's update.
+
+        Raises:
+            TrainingError: what it sent is no update, not its own, or does not fit the student; says what.
+        """
         packing = self.exchange.packing("up", self.start.round)
-        for client in sorted(self.files):
-            data = self.files[client].read_bytes()
-            message = packing.unpack(data, self.exchange.specs, self.start.state, f"client {client}")
-            self.exchange.allowed.check(message)
-            if not isinstance(message, Update) or message.client != client:
-                raise TrainingError(f"The journal's {self.files[client]} does not hold an update of client {client}.")
-            yield message
+        data = self.files[client].read_bytes()
+        message = packing.unpack(data, self.exchange.specs, self.start.state, f"client {client}")
+        self.exchange.allowed.check(message)
+        if not isinstance(message, Update) or message.client != client:
+            raise TrainingError(f"The journal's {self.files[client]} does not hold an update of client {client}.")
+        return message
 
     def __len__(self) -> int:
         return len(self.files)

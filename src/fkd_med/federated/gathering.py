@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from fkd_med.aggregation.firewall import change_norm, extra_sizes
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from fkd_med.aggregation.firewall import Quarantine, change_norm, extra_sizes
 from fkd_med.communication import Broadcast
-from fkd_med.errors import ConfigError, TrainingError
+from fkd_med.errors import ConfigError, DataError, FkdError, RunError, TrainingError, first_line
 from fkd_med.federated.absences import Absence, Absences, Kind
 from fkd_med.federated.chaos import Event
 from fkd_med.federated.client import ClientWorker
@@ -48,13 +50,19 @@ class Gathering:
 
         Raises:
             TrainingError: its training failed, and no failure can be borne.
+            DataError: the same, of its images; names the client.
+            Exception: whatever else its training raised.
         """
         try:
             return self._received(client, broadcast)
-        except TrainingError as error:
+        except (ConfigError, RunError, MisconfigurationException):  # would be everybody's
+            raise
+        except Exception as error:
             if not self.can_go_on or self.federation.is_local or self.federation.quorum == 1:
+                if isinstance(error, DataError):
+                    raise DataError(f"Client {client}, round {broadcast.round}: {error}") from error
                 raise
-            self._miss(broadcast.round, client, "failed", str(error))
+            self._miss(broadcast.round, client, "failed", _reason(error, client))
             return None
 
     def ask(self, chosen: list[str], broadcast: Broadcast) -> None:
@@ -121,13 +129,17 @@ class Gathering:
         if firewall is None or aggregator is None:
             return files
         norms, extras, found = {}, {}, {}
-        for update in self.exchange.updates(files, broadcast):
-            quarantine = firewall.inspect(broadcast, update, aggregator)
+        updates = self.exchange.updates(files, broadcast)
+        for client in sorted(files):
+            try:
+                update = updates.read(client)
+                quarantine = firewall.inspect(broadcast, update, aggregator)
+            except TrainingError as error:
+                quarantine = Quarantine(client, broadcast.round, "", f"cannot be read: {error}")
             if quarantine is None:
-                norms[update.client] = change_norm(broadcast, update)
-                extras[update.client] = extra_sizes(update)
+                norms[client], extras[client] = change_norm(broadcast, update), extra_sizes(update)
             else:
-                found[update.client] = quarantine
+                found[client] = quarantine
         found |= firewall.inspect_round(norms, broadcast.round, extras)
         for client, quarantine in sorted(found.items()):
             reason = f"tensor {quarantine.tensor} {quarantine.reason}" if quarantine.tensor else quarantine.reason
@@ -155,3 +167,9 @@ class Gathering:
         absence = Absence(round, client, kind, reason)
         self.absences.note(absence)
         self.reporter.line(absence.text)
+
+
+def _reason(error: Exception, client: str) -> str:
+    """Return why a client failed: the whole text of an error of ours, else the kind and first line of any."""
+    told = isinstance(error, FkdError) or str(error).startswith(f"Client {client}:")
+    return str(error) if told else f"{type(error).__name__}: {first_line(error)}"

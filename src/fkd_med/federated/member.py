@@ -73,7 +73,7 @@ class Member:
         self.process.join(_SECONDS)
         code = self.process.exitcode
         if code is not None and code < 0:
-            return f"was killed ({signal.Signals(-code).name}; out of memory?)"
+            return f"was killed ({_name_of(-code)}; out of memory?)"
         return f"ended with exit code {code}"
 
     def end(self) -> None:
@@ -85,3 +85,11 @@ class Member:
                 self.process.kill()
         self.process.join(_SECONDS)
         self.connection.close()
+
+
+def _name_of(number: int) -> str:
+    """Return a signal's name; of one that has none, a real-time signal's, its number."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

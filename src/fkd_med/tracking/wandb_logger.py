@@ -13,20 +13,31 @@ from typing import Any
 from urllib.parse import urlparse
 
 import wandb
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
+
+from fkd_med.errors import RunError, first_line
+
+_PUBLIC = "https://api.wandb.ai"  # which versions of wandb name otherwise, for the same accounts
 
 
 def has_account() -> bool:
     """Tell whether this machine knows a Weights & Biases key; it asks nobody."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    server = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:  # where `wandb login` writes; asked of no library of theirs, since that would open a session
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(server) is not None
+        known = netrc.netrc(os.environ.get("NETRC"))
+        return any(known.authenticators(urlparse(url).hostname or "") for url in _servers())
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def _servers() -> list[str]:
+    """Return the servers that a run would be sent to: one's own, or the public one under each of its names."""
+    own = os.environ.get("WANDB_BASE_URL")
+    return [own] if own else [wandb.Settings().base_url, _PUBLIC]
 
 
 class WandbLogger(LightningWandbLogger):
@@ -62,6 +73,22 @@ class WandbLogger(LightningWandbLogger):
         self._own_save_dir = save_dir is not None
         self._on_teacher_axis: set[str] = set()
         self._earlier: list[str] = []
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The run of wandb's own; asking for it opens it.
+
+        Raises:
+            RunError: the server cannot be reached, does not know the key, or refuses the run.
+        """
+        try:
+            return super().experiment
+        except wandb.Error as error:
+            raise RunError(
+                f"Weights & Biases ({_servers()[0]}) cannot record this run: {first_line(error)} WANDB_MODE=offline "
+                "records it on disk, to be uploaded later; --trainer.logger false does not at all."
+            ) from error
 
     @property
     def run_id(self) -> str:
