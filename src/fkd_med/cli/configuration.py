@@ -1,8 +1,7 @@
-"""Settles what a configuration leaves open: the run's folder, checkpoint, seed and split, the shapes of networks."""
+"""Settles what a configuration leaves open: the run's folder, checkpoint, seed and split."""
 
 from __future__ import annotations
 
-import inspect
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,11 @@ import yaml
 from jsonargparse import Namespace
 
 from fkd_med.cli.best_weights import checkpoint_to_resume, latest_checkpoint, recorded_best
+from fkd_med.cli.shapes import find_class
 from fkd_med.data import FederatedDataModule
 from fkd_med.errors import ConfigError, RunError
 from fkd_med.ranks import is_first_rank
 from fkd_med.rundir import RunDir
-
-# Parameter of a network -> parameter of the data module that decides it.
-SHAPES = {"in_channels": "in_channels", "classes": "classes", "img_size": "image_size"}
 
 
 @dataclass
@@ -53,7 +50,6 @@ def settle(config: Namespace, command: str, files: list[str]) -> Plan:
 
     Raises:
         RunError: the checkpoint asked for does not exist, or the run's manifest is gone.
-        ConfigError: a network was given other channels, classes or sizes than the data have.
     """
     run_dir = RunDir(Path(config.run_dir or Path("runs") / _run_name(files)).expanduser())
     config.run_dir = config.trainer.default_root_dir = str(run_dir.path)
@@ -68,7 +64,6 @@ def settle(config: Namespace, command: str, files: list[str]) -> Plan:
         config.seed_everything = _stored_seed(run_dir.config, config.seed_everything)
         if _take_stored_manifest(config, run_dir):
             derived.add(("data", "init_args", "manifest"))
-    fit_networks_to_data(config)
     return plan
 
 
@@ -139,7 +134,7 @@ def _keeps_students(config: Namespace) -> bool:
     if federation is None:
         return False
     aggregator = federation.init_args.get("aggregator")
-    return aggregator is None or not getattr(_class(aggregator["class_path"]), "weights_travel", True)
+    return aggregator is None or not getattr(find_class(aggregator["class_path"]), "weights_travel", True)
 
 
 def _take_stored_manifest(config: Namespace, run_dir: RunDir) -> bool:
@@ -161,58 +156,6 @@ def _take_stored_manifest(config: Namespace, run_dir: RunDir) -> bool:
             "would be tested. Restore it, or name a copy: --data.manifest FILE."
         )
     return False
-
-
-def fit_networks_to_data(config: Namespace) -> None:
-    """Give every network in the configuration the channels, classes and image size of the data.
-
-    Raises:
-        ConfigError: a network was explicitly given another number.
-    """
-    data = config.get("data")
-    arguments = data.get("init_args") if isinstance(data, Namespace) else None
-    if not isinstance(arguments, Namespace):
-        return
-    _walk(config.get("model"), "model", {name: arguments.get(source) for name, source in SHAPES.items()})
-
-
-def _walk(node: Any, key: str, wanted: dict[str, Any]) -> None:
-    children = vars(node) if isinstance(node, Namespace) else node if isinstance(node, dict) else {}
-    if key.endswith(".network") and "class_path" in children:
-        _fit(node, key, wanted)
-    for name, child in list(children.items()):
-        _walk(child, f"{key}.{name}", wanted)
-
-
-def _fit(node: Any, key: str, wanted: dict[str, Any]) -> None:
-    parameters = _parameters(node["class_path"])
-    arguments = node.get("init_args") or Namespace()
-    for name, value in wanted.items():
-        if name not in parameters or value is None:
-            continue
-        given, default = arguments.get(name), parameters[name].default
-        if given not in (None, default, value):
-            raise ConfigError(
-                f"{key}.{name} is {given}, but the data have {SHAPES[name]} {value}: remove it (it follows from the "
-                f"data), or set data.{SHAPES[name]}."
-            )
-        arguments[name] = value
-    node["init_args"] = arguments
-
-
-def _parameters(class_path: str) -> dict[str, inspect.Parameter]:
-    """Return the parameters of a class by name; none if it cannot be imported (instantiating says why)."""
-    cls = _class(class_path)
-    return {} if cls is None else dict(inspect.signature(cls.__init__).parameters)
-
-
-def _class(class_path: str) -> Any:
-    """Return a class by its import path; None if it cannot be imported."""
-    module, _, name = class_path.rpartition(".")
-    try:
-        return getattr(__import__(module, fromlist=[name]), name)
-    except (ImportError, AttributeError, ValueError):
-        return None
 
 
 def _stored_seed(config: Path, given: Any) -> Any:

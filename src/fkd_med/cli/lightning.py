@@ -18,6 +18,7 @@ from fkd_med.cli.configuration import refuse_inside_data, settle
 from fkd_med.cli.console import wide_console
 from fkd_med.cli.hardware import check_accelerator
 from fkd_med.cli.monitor import check_callbacks, check_monitor
+from fkd_med.cli.parser import FkdParser
 from fkd_med.cli.processes import check_started
 from fkd_med.cli.repeated import forget_rounds
 from fkd_med.cli.report import Report
@@ -68,6 +69,7 @@ class FkdCLI(LightningCLI):
             L.LightningModule,
             L.LightningDataModule,
             trainer_class=FederatedTrainer,
+            parser_class=FkdParser,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,

@@ -12,7 +12,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch.callbacks.timer import Interval
 
-from fkd_med.cli.configuration import fit_networks_to_data, saved_configuration
+from fkd_med.cli.configuration import saved_configuration
 from fkd_med.cli.messages import explain_arguments
 from fkd_med.cli.resume_rules import acting
 from fkd_med.errors import RunError
@@ -63,7 +63,6 @@ def stored_configuration(parser: ArgumentParser, path: Path) -> dict[str, Any]:
             f"{path}, the configuration the run was started with, cannot be read by this version: "
             f"{explain_arguments(str(error))} Go on with the version that started the run, or mend the key there."
         ) from error
-    fit_networks_to_data(config.fit)
     settled: dict[str, Any] = yaml.safe_load(settled_text(parser, config, ()))
     return settled
 
