@@ -28,12 +28,79 @@ CONFIG = Path(__file__).parents[2] / "configs" / "folder" / "fedavg_student.yaml
             ["--federation.client_rules=[{class_path: GlobalDistillation, init_args: {views: 3}}]"],
             "federation.client_rules.views is 3: give one of 1, 2, 4, 8.",
         ),
+        (["--model.optimizer=SlimUNet"], "model.optimizer is SlimUNet: give the class_path of a class. `fkd"),
     ],
 )  # fmt: skip
 def test_key_value_and_what_the_key_takes(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--config", str(CONFIG), *options]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--model.loss=segmentation_models_pytorch.losses.DiceLoss"],
+            "model.loss: segmentation_models_pytorch.losses.DiceLoss needs mode: give --model.loss.mode VALUE (in a",
+        ),
+        (
+            ["--model.scheduler=torch.optim.lr_scheduler.StepLR"],
+            "model.scheduler: torch.optim.lr_scheduler.StepLR needs step_size: give --model.scheduler.step_size VALUE",
+        ),
+        (
+            ["--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping"],
+            "trainer.callbacks: lightning.pytorch.callbacks.EarlyStopping needs monitor: give it in its init_args.\n",
+        ),
+        (["--model.network=pathlib.Path"], "model.network is pathlib.Path, which is no torch.nn.Module: give the"),
+        (["--model.network=math.sqrt"], "model.network is math.sqrt, which is no torch.nn.Module: give the class_path"),
+        (["--model.optimizer=torch.nn.Conv2d"], "model.optimizer is torch.nn.Conv2d, which is no Optimizer: give the"),
+        (
+            ["--model.scheduler=torch.nn.Conv2d"],
+            "model.scheduler is torch.nn.Conv2d, which is no LRScheduler or ReduceLROnPlateau: give the class_path of",
+        ),
+        (
+            ["--federation.aggregator=fkd_med.networks.SlimUNet"],
+            "federation.aggregator is fkd_med.networks.SlimUNet, which is no Aggregator: give the class_path of one.\n",
+        ),
+        (
+            ["--model=fkd_med.modules.DistillationModule", "--model.losses={own: {class_path: torch.nn.ReLU}}"],
+            "model.losses is torch.nn.ReLU, which is no DistillationTerm: give the class_path of one.\n",
+        ),
+        (["--data.layout.images=x"], "data.layout is fkd_med.data.Layout, which is abstract: give the class_path of"),
+    ],
+)  # fmt: skip
+def test_a_class_that_cannot_be_used(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", str(CONFIG), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--federation.round=3"], "'round' is unknown (in federation). Did you mean rounds?\n"),
+        (["--data.layout=FolderPair", "--data.layout.image=x"], "is unknown (in data.layout). Did you mean images?\n"),
+        (
+            ["--config", str(CONFIG.parents[1] / "distillation" / "cwd.yaml")],
+            "DistillationModule and MutualDistillationModule: give it there (configurations named fkd_* distil)",
+        ),
+    ],
+)
+def test_what_a_place_takes_comes_before_what_others_do(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", "--config", str(CONFIG), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["fit", "teachers", "validate", "test"])
+def test_a_command_without_a_configuration_asks_for_one(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command]) == 2
+    error = capsys.readouterr().err
+    assert f"`fkd {command}` needs a model: give --" in error and "--config FILE" in error
+    assert ("--run_dir DIR" in error) == (command in ("validate", "test"))
 
 
 def test_a_setting_of_another_class_is_told_from_a_misspelt_one(capsys: pytest.CaptureFixture[str]) -> None:

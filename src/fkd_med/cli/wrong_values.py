@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from itertools import takewhile
 
-_KEY = r"[Pp]arser key ['\"]([\w.]+)['\"]"
+KEY = r"[Pp]arser key ['\"]([\w.]+)['\"]"
 _WORDS = {
     "<class 'int'>": "a whole number",
     "<class 'float'>": "a number",
@@ -23,21 +24,32 @@ def wrong_value(text: str) -> tuple[str, str] | None:
     The report nests what was tried for every key on the way; the innermost key is the one that is wrong. None for
     reports of anything else.
     """
-    keys = re.findall(_KEY, text)
-    if not keys:
+    keys = re.findall(KEY, text)
+    inner = innermost(text)
+    given = re.search(r"(Got|Given) value: (.*)", inner) or re.search(r"dot (import) path string: (.*)", inner)
+    if not keys or given is None:
         return None
-    inner = re.split(_KEY, text)[-1]
-    given = re.search(r"(?:Got value|Given value): (.*)", inner)
-    if given is None:
-        return None
-    tried = inner[: given.start()] if given[0].startswith("Given") else inner[: given.start()].splitlines()[-1]
-    expected = re.findall(r"Expected an? (.+?)(?:\. )?$", tried, re.MULTILINE)
-    kinds = _kinds(expected)
+    before = inner[: given.start()]
+    tried = {"Given": before, "Got": before.rpartition("\n")[2]}.get(given[1], inner)
+    kinds = _kinds(re.findall(r"Expected an? (.+?)(?:\. )?$", tried, re.MULTILINE))
     if not kinds:
         return None
-    value = given[1].split(". Got value: ")[0]
+    value = given[2].split(". Got value: ")[0]
     name = value if CLASS in kinds and value.lower() != "none" else ""
     return f"{'.'.join(keys)} is {value}: give {' or '.join(kinds)}.", name
+
+
+def innermost(text: str) -> str:
+    """Return what a parser's report says of its innermost key: the lines below the key that stand further in."""
+    lines = text.splitlines()
+    place = max((number for number, line in enumerate(lines) if re.search(KEY, line)), default=0)
+    margin = _indentation(lines[place])
+    below = takewhile(lambda line: not line or _indentation(line) > margin, lines[place + 1 :])
+    return "\n".join([re.split(KEY, lines[place])[-1], *below])
+
+
+def _indentation(line: str) -> int:
+    return len(line) - len(line.lstrip())
 
 
 def _kinds(expected: list[str]) -> list[str]:
