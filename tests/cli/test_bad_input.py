@@ -156,6 +156,15 @@ def test_missing_masks_are_skipped_when_asked(
         ),
         (("--model.network.classes=3",), ("classes", "data.classes")),
         (("--model.losses.logit_kl.temperature=0",), ("temperature",)),
+        (("--data.classes=-1",), ("fkd_med.networks.student.SlimUNet cannot be built", "negative dimension -1")),
+        (
+            ("--model.network=segmentation_models_pytorch.Unet", "--model.network.encoder_name=resnet19"),
+            ("Unet cannot be built (KeyError", "Wrong encoder name `resnet19`"),
+        ),
+        (
+            ("--model.network=segmentation_models_pytorch.Unet", "--model.network.encoder_weights=null"),
+            ("Unet cannot be built", "null becomes the word None: write `encoder_weights: null` in a file"),
+        ),
         (("--ckpt_path=last",), ("no last checkpoint",)),
         (("--ckpt_path=nowhere.ckpt",), ("nowhere.ckpt", "does not exist")),
     ],
@@ -169,7 +178,7 @@ def test_bad_configuration_is_one_error(
 ) -> None:
     code = fit(tiny_run, tmp_path, *options)
     output = capsys.readouterr()
-    assert code == 2 and output.err.count("fkd: error:") == 1 and "Traceback" not in output.err
+    assert code == 2 and output.err.count("fkd: error:") == 1 and output.err.count("\n") == 1
     assert all(word in output.err for word in wanted), output.err
     assert not (tmp_path / "run").exists()
 

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 class Own(nn.Module):
     def __init__(self, in_channels: int, classes: int, width: int = 4) -> None:
         super().__init__()
+        if width > 8:
+            raise ValueError("width must be at most 8")
         self.layers = nn.Sequential(nn.Conv2d(in_channels, width, 3, padding=1), nn.Conv2d(width, classes, 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,3 +124,10 @@ def test_an_own_network_trains_and_comes_again(own: Path, tiny_run: Path, capsys
     shutil.copy(next((tiny_run.parents[1] / "phantoms" / "images").iterdir()), images)
     predict = ["predict", f"--ckpt_path={run / 'student.ckpt'}", f"--data.images={images}", "--device=cpu"]
     assert main([*predict, f"--output={own.parent / 'out'}", "--trusted_packages", "own_networks"]) == 0
+
+
+def test_a_constructor_has_the_word(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", str(own), "--model.network.width=9"]) == 2
+    error = capsys.readouterr().err
+    assert "own_networks.Own cannot be built (ValueError: width must be at most 8)." in error
+    assert error.count("\n") == 1

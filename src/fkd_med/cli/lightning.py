@@ -16,6 +16,7 @@ from fkd_med.checkpoints import LastCheckpoint
 from fkd_med.cli.changes import Change
 from fkd_med.cli.configuration import refuse_inside_data, settle
 from fkd_med.cli.console import wide_console
+from fkd_med.cli.construction import construct, refusals
 from fkd_med.cli.hardware import check_accelerator
 from fkd_med.cli.monitor import check_callbacks, check_monitor
 from fkd_med.cli.parser import FkdParser
@@ -153,8 +154,13 @@ class FkdCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build everything, without Lightning's notices about the machine."""
-        with quiet():
+        with quiet(), refusals("The model, the data or the trainer"):
             super().instantiate_classes()
+
+    def _add_instantiators(self) -> None:
+        """Build modules as Lightning does, and all else so that its errors name it."""
+        super()._add_instantiators()
+        self.parser.add_instantiator(construct, object)
 
     def _dump_config(self) -> None:
         """Note what the networks' hyperparameters are, as Lightning does, without validating everything again."""
@@ -174,7 +180,8 @@ class FkdCLI(LightningCLI):
         self._records = self.subcommand == "fit" or (self.run_dir.exists() and self.plan.asked_for is None)
         if self._records:
             config["callbacks"].append(ImageRecorder(self.run_dir.images))
-        trainer = super().instantiate_trainer(**kwargs)
+        with refusals("The trainer"):
+            trainer = super().instantiate_trainer(**kwargs)
         assert isinstance(trainer, FederatedTrainer)
         check_started(trainer.world_size)
         return trainer
