@@ -158,6 +158,14 @@ def test_an_allowance_for_nothing_is_an_error(checked, capsys, key, words) -> No
     assert f"--resume.allow {key}: " in (error := text(capsys)) and words in error
 
 
+def test_a_run_does_not_become_shorter(checked, run, capsys) -> None:
+    """Lightning would say that current_epoch is 2 and max_epochs 1."""
+    assert checked("--federation.rounds=1", "--resume.allow=federation.rounds") == 2
+    error = text(capsys)
+    assert f"federation.rounds is 1, and the run {run} has closed 2: give 2 or more" in error
+    assert error.count("\n") == 1
+
+
 def test_an_allowance_without_a_resume_is_an_error(tiny_run, tmp_path, capsys) -> None:
     arguments = ["--config", str(tiny_run.parents[1] / "tiny.yaml"), "--run_dir", str(tmp_path / "new")]
     assert main(["fit", *arguments, "--resume.allow=data"]) == 2
@@ -262,6 +270,8 @@ def test_without_federation_too(tiny_run, tmp_path, capsys) -> None:
     assert main([*arguments, "--test_after_fit=false"]) == 0
     assert main([*arguments, "--ckpt_path=last", "--trainer.max_epochs=2", "--model.optimizer.lr=0.1"]) == 2
     error = text(capsys)
+    assert main([*arguments, "--ckpt_path=last", "--trainer.max_epochs=0"]) == 2
+    assert "trainer.max_epochs is 0, and the run " in (shorter := text(capsys)) and "has closed 1: give 1" in shorter
     assert "trainer.max_epochs: 1 -> 2" in error and "model.optimizer.lr: 0.005 -> 0.1" in error
     assert main([*arguments, "--ckpt_path=last", "--federation.rounds=2"]) == 2, "a federation out of nowhere"
     assert "federation: null -> fkd_med.federated.Federation" in text(capsys)

@@ -11,8 +11,9 @@ from __future__ import annotations
 import csv
 import difflib
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -57,7 +58,7 @@ def accepted_changes(parser: ArgumentParser, config: Namespace, plan: Plan) -> l
 
     Raises:
         ConfigError: something changed that decides what the run computes, and ``--resume.allow`` does not name it; or
-            that names a key that did not change.
+            that names a key that did not change; or the run is longer already than it shall be.
         RunError: the run's own configuration is not there or cannot be read.
     """
     allowed = [plain_key(key) for key in config.fit.resume.allow or []]
@@ -66,7 +67,9 @@ def accepted_changes(parser: ArgumentParser, config: Namespace, plan: Plan) -> l
         return []
     old = stored_configuration(parser, plan.run_dir.config)
     new = yaml.safe_load(settled_text(parser, config, plan.derived))
-    make_comparable(old, new, plan.run_dir, read_checkpoint(plan.checkpoint or ""))
+    checkpoint = read_checkpoint(plan.checkpoint or "")
+    _refuse_shorter(new, closed(checkpoint), plan.run_dir)
+    make_comparable(old, new, plan.run_dir, checkpoint)
     changes = list(differences(old, new))
     _check_allowed(allowed, changes, {*keys_of(old), *keys_of(new)}, _earlier(plan.run_dir))
     _refuse([change for change in changes if not _may_change(change, allowed, plan)], changes, plan.run_dir)
@@ -120,6 +123,19 @@ def _refuse_without_resume(allowed: Sequence[str]) -> None:
         raise ConfigError(
             f"{_OPTION} {allowed[0]}: nothing is resumed, so no change has to be allowed. Leave it out, or give "
             "--ckpt_path last."
+        )
+
+
+def _refuse_shorter(new: Mapping[str, Any], done: int, run_dir: RunDir) -> None:
+    federation = new.get("federation")
+    key, part = "trainer.max_epochs", new["trainer"]
+    if federation is not None:
+        key, part = "federation.rounds", federation["init_args"]
+    length = part.get(key.rpartition(".")[2])
+    if length is not None and 0 <= length < done:
+        raise ConfigError(
+            f"{key} is {length}, and the run {run_dir.path} has closed {done}: give {done} or more, or start another "
+            "run (another --run_dir)."
         )
 
 
