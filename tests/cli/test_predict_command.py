@@ -295,7 +295,7 @@ def test_own_networks_are_built_only_when_trusted(
     grey(tmp_path / "in" / "a.png", half(20, 30))
     ckpt = threshold(tmp_path / "x.ckpt", lambda c: c["fkd_med"]["network"].update(class_path="my_networks.Mine"))
     arguments = ("--data.images", tmp_path / "in", "--output", tmp_path / "out")
-    assert predict(ckpt, *arguments) == 2 and "my_networks" in capsys.readouterr().err
+    assert predict(ckpt, *arguments) == 2 and "give --trusted_packages my_networks." in capsys.readouterr().err
     assert predict(ckpt, *arguments, "--trusted_packages", "other", "my_networks") == 0
 
 

@@ -73,8 +73,8 @@ def _import_module_class(path: str, packages: Sequence[str]) -> type[nn.Module]:
     if not any(module_name == package or module_name.startswith(f"{package}.") for package in packages):
         raise RunError(
             f"The checkpoint's network {path} is not in a package that a checkpoint may name ({', '.join(packages)}). "
-            "Importing a package runs its code, so others are refused; if you know this one, trust it by its name "
-            "(trusted_packages)."
+            "Importing a package runs its code, so others are refused; if you know this one, give "
+            f"--trusted_packages {path.partition('.')[0]}."
         )
     try:
         found = getattr(importlib.import_module(module_name), class_name)
