@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fkd_med.errors import RunError
-from fkd_med.locks import Holder, holder_of, locked
+from fkd_med.locks import Holder, holder_of, locked, queued
 
 
 def write_lock(path: Path, **changes: object) -> None:
@@ -139,6 +139,30 @@ def test_of_many_processes_one_at_a_time_gets_in_though_the_lock_is_stale(tmp_pa
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 16
     assert answers.count(b"1") == 1
     assert not (tmp_path / "lock").exists()
+
+
+def test_who_waits_is_told_for_whom(tmp_path: Path) -> None:
+    ready, tell = os.pipe()
+    end, finish = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with queued(tmp_path / "lock", "It"):
+            os.write(tell, b"x")
+            os.read(end, 1)
+        os._exit(0)
+    os.read(ready, 1)
+    said: list[str] = []
+
+    def told(holder: str) -> None:
+        said.append(holder)
+        os.write(finish, b"x")
+
+    with queued(tmp_path / "lock", "It", told):
+        assert said == [f"process {child} on {socket.gethostname()}"]
+        assert (tmp_path / "lock").read_text().startswith(f"{os.getpid()} ")
+    os.waitpid(child, 0)
+    with queued(tmp_path / "lock", "It", told):
+        assert len(said) == 1, "nobody is there to wait for"
 
 
 def test_holders_on_this_host_know_their_name() -> None:

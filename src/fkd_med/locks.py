@@ -12,10 +12,11 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 from fkd_med.errors import RunError
 from fkd_med.files import write_error
@@ -49,12 +50,13 @@ class Holder:
 
 
 @contextmanager
-def queued(path: str | Path, what: str) -> Iterator[None]:
+def queued(path: str | Path, what: str, waits: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold the lock file `path` during the block, after waiting for whoever holds it; a dead process holds nothing.
 
     Args:
         path: the lock file; missing parents are made.
         what: what is locked, for messages ("The teacher store x").
+        waits: called before it waits, with who holds it, in words.
 
     Raises:
         RunError: the file cannot be written.
@@ -62,14 +64,28 @@ def queued(path: str | Path, what: str) -> Iterator[None]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = open(path, "w")  # noqa: SIM115 - closed by the block below; only opening it may fail here
+        handle = open(path, "a+")  # noqa: SIM115 - closed by the block below; only opening it may fail here
     except OSError as error:
         raise RunError(f"{what} cannot be written. {write_error(path, error)}") from error
     with handle:
         with suppress(OSError):  # a file system without flock: two may do the same work, and the last one's stays
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        handle.write(str(os.getpid()))
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if waits is not None:
+                    waits(_written_by(handle))
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        handle.truncate(0)
+        handle.write(f"{os.getpid()} {socket.gethostname()}")
+        handle.flush()
         yield
+
+
+def _written_by(handle: TextIO) -> str:
+    """Return who wrote into a lock file of `queued`."""
+    handle.seek(0)
+    pid, _, host = handle.read(300).partition(" ")
+    return f"process {pid} on {host}" if pid.isdigit() and host else "another process"
 
 
 def is_queued(path: str | Path) -> bool:

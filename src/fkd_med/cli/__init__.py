@@ -11,7 +11,7 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 USAGE = """usage: fkd COMMAND [options]
 
-Federated distillation for medical image segmentation: hospitals train one tiny student together.
+Federated distillation for medical image segmentation: simulated hospitals train one tiny student together.
 
   fit          train: a federation of hospitals, or one network on pooled data
   validate     score a checkpoint on every hospital's validation images

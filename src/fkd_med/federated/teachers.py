@@ -7,7 +7,7 @@ import difflib
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,8 @@ class TeacherStage(TeacherSource):
         reporter = options.get("reporter") or Reporter(enabled=False)
         found = as_first_rank_says(is_whole(path, key))
         if not found:
-            with self._queued(folder / "lock"):
+            waits = f"teacher of {name}: waiting for the one that"
+            with self._queued(folder / "lock", lambda holder: reporter.line(f"{waits} {holder} trains in {folder}")):
                 found = as_first_rank_says(is_whole(path, key))  # another process may have trained it meanwhile
                 if not found:
                     around = {**options, "flags": flags, "reporter": reporter}
@@ -167,9 +168,9 @@ class TeacherStage(TeacherSource):
     def _length(self, flags: Mapping[str, Any]) -> int:
         return min(1, self.epochs) if is_trial(flags) else self.epochs
 
-    def _queued(self, path: Path) -> AbstractContextManager[None]:
+    def _queued(self, path: Path, waits: Callable[[str], None]) -> AbstractContextManager[None]:
         """Let one process at a time work on a teacher; others wait, and then find it."""
-        return queued(path, f"The teacher store {self.store}") if is_first_rank() else nullcontext()
+        return queued(path, f"The teacher store {self.store}", waits) if is_first_rank() else nullcontext()
 
     def architecture(self) -> nn.Module:
         """Return the network that teachers are made of."""

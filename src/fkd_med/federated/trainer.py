@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
+from torch import Tensor
 
 from fkd_med.allocator import keep_memory
 from fkd_med.checkpoints import LastCheckpoint, SafeCheckpointIO, checkpoint_digest, read_checkpoint
@@ -137,13 +140,18 @@ class FederatedTrainer(L.Trainer):
         Raises:
             ConfigError, RunError: they do not, or cannot; names the key.
         """
-        image = sample_image(datamodule)
-        if isinstance(model, SegmentationModule) and image is not None:
-            check_fits(model, image, datamodule.classes)
+        if isinstance(model, SegmentationModule):
+            self._check_fits(partial(check_fits, model), datamodule)
         if isinstance(model, DistillationModule) and model.active_losses and model.teacher_source is not None:
             model.check_teachers(self._taught(datamodule))
-            if image is not None:
-                model.teacher_source.check_fits(image, datamodule.classes)
+            self._check_fits(model.teacher_source.check_fits, datamodule)
+
+    @staticmethod
+    def _check_fits(check: Callable[[Tensor, int], None], datamodule: Any) -> None:
+        """Make a dry pass on an image of data that say how many classes they have."""
+        image, classes = sample_image(datamodule), getattr(datamodule, "classes", None)
+        if image is not None and classes is not None:
+            check(image, classes)
 
     def _taught(self, datamodule: Any) -> list[str | None]:
         """Return whose teachers a run needs; None is the pool of all clients."""
@@ -161,8 +169,7 @@ class FederatedTrainer(L.Trainer):
             raise ConfigError("This configuration has no teachers: model must be a DistillationModule with a teacher.")
         if self.federation is not None:
             check_consent(self.federation.share_teachers, self.federation.is_local, model)
-        if (image := sample_image(datamodule)) is not None:
-            model.teacher_source.check_fits(image, datamodule.classes)
+        self._check_fits(model.teacher_source.check_fits, datamodule)
         self._ensure(model, datamodule, self._taught(datamodule))
 
     def arm(self, client: str | None = None) -> str:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,9 @@ def ensure_maps(
     if maps is not None:
         _say_found(client, data, folder, around)
     elif is_first_rank():
-        with queued(store / f".{folder.name}.lock", f"The teacher cache {store}"):
+        with queued(
+            store / f".{folder.name}.lock", f"The teacher cache {store}", partial(_say_waiting, client, around)
+        ):
             maps = TeacherMaps.open(folder, key)
             if maps is None:
                 maps = _build(source, client, data, taps, around, folder, key, description, views)
@@ -104,6 +107,11 @@ def ensure_maps(
                 _say_found(client, data, folder, around)
     around.barrier()
     return maps if maps is not None else TeacherMaps.open(folder, key)
+
+
+def _say_waiting(client: str | None, around: Surroundings, holder: str) -> None:
+    if around.reporter is not None:
+        around.reporter.line(f"teacher maps of {client or 'all clients'}: waiting for those that {holder} makes")
 
 
 def _say_found(client: str | None, data: Any, folder: Path, around: Surroundings) -> None:
