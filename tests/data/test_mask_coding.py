@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -26,6 +27,16 @@ def records(folder: Path, *masks: np.ndarray, suffix: str = ".png") -> list[Reco
         Image.fromarray(mask).save(path)
         found.append(Record(str(number), image, path))
     return found
+
+
+def blob(radius: int, row: int = 40, column: int = 45) -> np.ndarray:
+    """Return a disc of ones in 80 x 150 pixels."""
+    rows, columns = np.mgrid[:80, :150]
+    return ((rows - row) ** 2 + (columns - column) ** 2 < radius**2).astype(np.uint8)
+
+
+def resized(mask: np.ndarray, width: int, height: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def decoded(record: Record, coding: MaskCoding) -> np.ndarray:
@@ -104,6 +115,48 @@ def test_classes_under_a_binary_setting_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"values 128 between 0 and 255.*class_values"):
         scan_masks(found)
     np.testing.assert_array_equal(decoded(found[0], scan_masks(found, 1, [0, 255])), mask > 127)
+
+
+@pytest.mark.parametrize("values", [(1, 255), (20, 255), (240, 255), (1, 2, 20)])
+@pytest.mark.parametrize("blurred", [False, True])
+def test_a_class_near_an_end_is_not_read_as_that_end(tmp_path: Path, values: tuple[int, ...], blurred: bool) -> None:
+    """As a lesion of 1 inside a rim of 255 that is to be ignored, which would be read as background."""
+    mask = blob(30) * values[0]
+    for number, value in enumerate(values[1:]):
+        mask[blob(12, 40, 95 + 30 * number) > 0] = value
+    found = records(tmp_path, resized(mask, 120, 64) if blurred else mask)
+    with pytest.raises(DataError, match=rf"regions of values .*{values[-2]}.* between 0 and .*data\.class_values"):
+        scan_masks(found)
+
+
+@pytest.mark.parametrize("rim", [1, 2, 5])
+def test_a_lesion_of_1_in_a_rim_of_255(tmp_path: Path, rim: int) -> None:
+    mask = blob(30 + rim) * 255
+    mask[blob(30) > 0] = 1
+    without_rim = blob(30)
+    with pytest.raises(DataError, match="regions of values 1 between 0 and 255"):
+        scan_masks(records(tmp_path, mask, without_rim))
+
+
+@pytest.mark.parametrize("quality", [20, 28, 40, 75, 95])
+@pytest.mark.parametrize("radius", [12, 30])
+def test_jpeg_masks_read_as_drawn_at_any_size(tmp_path: Path, quality: int, radius: int) -> None:
+    """Low qualities move the whole of an end, 20 to 253 and 40 to 1, and leave a few pixels where it was."""
+    drawn = blob(radius) * 255
+    Image.fromarray(drawn).save(tmp_path / "drawn.jpg", quality=quality)
+    kept = np.asarray(Image.open(tmp_path / "drawn.jpg"))
+    for size in ((150, 80), (95, 50), (375, 200)):
+        found = records(tmp_path, resized(kept, *size))
+        assert (decoded(found[0], scan_masks(found)) != (resized(drawn, *size) > 127)).mean() < 0.01
+
+
+@pytest.mark.parametrize("width", [2, 10, 25])
+def test_soft_edges_are_no_classes(tmp_path: Path, width: int) -> None:
+    """A slope has solid bands of the values near its ends, and as many pixels of the values beside them."""
+    drawn = np.zeros((300, 300), np.uint8)
+    drawn[80:220, 80:220] = 1
+    found = records(tmp_path, cv2.GaussianBlur(drawn * 255, (0, 0), width))
+    assert (decoded(found[0], scan_masks(found)) != drawn).mean() < 0.03
 
 
 def test_multi_class_by_index_and_by_value(tmp_path: Path) -> None:

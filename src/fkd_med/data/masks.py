@@ -17,12 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fkd_med.data.images import read_image, read_mask
+from fkd_med.data.mask_regions import REGION_SHARE, further_regions
 from fkd_med.data.progress import with_progress
 from fkd_med.data.records import Record, listing
 from fkd_med.errors import ConfigError, DataError
 from fkd_med.ranks import is_first_rank
-
-_REGION_SHARE = 0.01  # more of the foreground than this in solid regions of a middle grey is no anti-aliased border
 
 
 @dataclass(frozen=True)
@@ -151,10 +150,10 @@ def find_coding(facts: Sequence[MaskFacts], classes: int, class_values: Sequence
     values = tuple(class_values) if class_values is not None else _usual_values(facts, number)
     coding = MaskCoding(classes, values)
     _refuse_strange(facts, values)
+    if number == 2 and class_values is None:
+        _refuse_hidden_classes(facts, coding)
     if number == 2:
         _refuse_mixed(facts, coding)
-        if class_values is None:
-            _refuse_hidden_classes(facts, coding)
     if all(_is_empty(mask, coding) for mask in facts):
         raise DataError(
             f"All {len(facts)} masks are empty (first: {facts[0].path}). Check that data.root names the folder with "
@@ -220,17 +219,18 @@ def _refuse_mixed(facts: Sequence[MaskFacts], coding: MaskCoding) -> None:
 
 
 def _refuse_hidden_classes(facts: Sequence[MaskFacts], coding: MaskCoding) -> None:
-    """Refuse middle greys that fill regions: they are classes of their own, not anti-aliased borders."""
+    """Refuse values beside background and foreground that fill regions; masks that read as empty are not looked at."""
     top = coding.values[1]
     regions: Counter[int] = Counter()
     for mask in facts:
-        regions.update({value: n for value, n in mask.solid.items() if 0.1 * top < value < 0.9 * top})
+        if not _is_empty(mask, coding):
+            regions.update(further_regions(mask.pixels, mask.solid, top))
     foreground = sum(n for mask in facts for value, n in mask.pixels.items() if value > 0)
-    if sum(regions.values()) > _REGION_SHARE * foreground:
+    if sum(regions.values()) > REGION_SHARE * foreground:
         raise DataError(
             f"The masks have regions of values {_few(sorted(regions))} between 0 and {top}, which is more than "
-            "background and foreground. Give data.classes and data.class_values for each, or, to count each value "
-            f"with the nearer end, data.class_values: [0, {top}]."
+            "background and foreground. Give data.classes and data.class_values for each; if these values are no "
+            f"classes, data.class_values: [0, {top}] counts each with the nearer of the two."
         )
 
 
