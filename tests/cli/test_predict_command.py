@@ -242,6 +242,19 @@ def test_bad_images_cost_only_themselves(tmp_path: Path, capsys: Said) -> None:
         assert part in said.err
 
 
+def test_linked_folders_and_dicom_without_a_suffix(tmp_path: Path, capsys: Said) -> None:
+    grey(tmp_path / "in" / "nord" / "a.png", half(20, 30))
+    grey(tmp_path / "disk" / "b.png", half(20, 30))
+    for name, target in (("west", tmp_path / "disk"), ("again", tmp_path / "in"), ("gone", tmp_path / "none")):
+        (tmp_path / "in" / name).symlink_to(target)
+    (tmp_path / "disk" / "IM0001").write_bytes(b"\0" * 128 + b"DICM")
+    out = tmp_path / "out"
+    assert predict(threshold(tmp_path / "x.ckpt"), "--data.images", tmp_path / "in", "--output", out) == 2
+    assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*.*")) == ["nord/a.png", "west/b.png"]
+    said = capsys.readouterr().err
+    assert "2 images were passed over" in said and "west/IM0001: DICOM is not read" in said and "gone: a link" in said
+
+
 def test_input_images_are_never_overwritten(tmp_path: Path, capsys: Said) -> None:
     image = grey(tmp_path / "in" / "a.png", half(20, 30))
     before = image.read_bytes()

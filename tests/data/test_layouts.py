@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from fkd_med.data.finding import find_images, real_folders
 from fkd_med.data.layouts import ChestXrayMasks, CVCClinicDB, FolderPair, cvc_sequence
-from fkd_med.data.pairing import find_images
 from fkd_med.errors import DataError
 
 
@@ -81,6 +81,47 @@ def test_dicom_in_a_folder_says_what_to_do(tmp_path: Path) -> None:
 def test_one_name_twice_is_an_error(tmp_path: Path) -> None:
     touch(pairs(tmp_path, "1"), "images/1.png")
     with pytest.raises(DataError, match=r"1\.png and 1\.jpg"):
+        FolderPair().records(tmp_path)
+
+
+def test_folders_behind_links_are_searched(tmp_path: Path) -> None:
+    """As of a hospital whose images lie on another disk."""
+    pairs(tmp_path, "nord/1")
+    for part in ("images", "masks"):
+        touch(tmp_path / "disk", f"{part}/{'2.jpg' if part == 'images' else '2.png'}")
+        (tmp_path / part / "west").symlink_to(tmp_path / "disk" / part, target_is_directory=True)
+    assert [r.id for r in FolderPair().records(tmp_path)] == ["nord/1", "west/2"]
+
+
+def test_where_files_lie_is_the_folder_around_them_and_behind_each_link(tmp_path: Path) -> None:
+    """The folder around two disks would be all there is, and no run could be written anywhere."""
+    touch(tmp_path, "data/images/a/1.png", "data/images/b/1.png", "disk/west/1.png")
+    (tmp_path / "data/images/west").symlink_to(tmp_path / "disk/west", target_is_directory=True)
+    lie = real_folders(find_images(tmp_path / "data/images").values())
+    assert lie == [str(tmp_path / f) for f in ("data/images", "data/images/a", "data/images/b", "disk/west")]
+
+
+@pytest.mark.parametrize("target", [".", "..", "../images/a", "../other"])
+def test_links_that_lead_in_a_circle_end(tmp_path: Path, target: str) -> None:
+    pairs(tmp_path, "a/1")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "back").symlink_to(tmp_path / "images", target_is_directory=True)
+    (tmp_path / "images" / "a" / "again").symlink_to(tmp_path / "images" / target, target_is_directory=True)
+    assert [r.id for r in FolderPair().records(tmp_path)] == ["a/1"]
+
+
+def test_a_link_to_a_folder_that_is_gone_is_an_error(tmp_path: Path) -> None:
+    (pairs(tmp_path, "1") / "images" / "west").symlink_to(tmp_path / "disk")
+    with pytest.raises(DataError, match=r"images/west: a link that leads to no file or folder"):
+        FolderPair().records(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["IM0001", "1.2.840.113619.2"])
+def test_dicom_is_known_without_its_suffix(tmp_path: Path, name: str) -> None:
+    touch(pairs(tmp_path, "1"), "images/README", "images/notes.txt")
+    assert [r.id for r in FolderPair().records(tmp_path)] == ["1"]
+    (tmp_path / "images" / name).write_bytes(b"\0" * 128 + b"DICM")
+    with pytest.raises(DataError, match=rf"{name}: DICOM is not read.*dcmj2pnm"):
         FolderPair().records(tmp_path)
 
 

@@ -49,6 +49,12 @@ def module(clients: Path, public: Path | None, **changes: Any) -> FederatedDataM
     return made
 
 
+def test_a_folder_that_is_a_link_holds_images_too(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "disk").symlink_to(folder, target_is_directory=True)
+    assert read_public(tmp_path / "linked", SAME, []).ids == ["disk/a", "disk/b/x", "disk/c"]
+
+
 def test_items_are_in_order_and_prepared_as_the_clients_images(folder: Path, monkeypatch) -> None:
     images = read_public(folder, SAME, [])
     assert [images[i]["id"] for i in range(len(images))] == images.ids == ["a", "b/x", "c"]

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fkd_med.data import FederatedDataModule
-from fkd_med.data.decoding import IMAGE_SUFFIXES, irregular, refused
+from fkd_med.data.decoding import IMAGE_SUFFIXES, irregular, unread
+from fkd_med.data.finding import files_below
 from fkd_med.data.records import listing
 from fkd_med.errors import ConfigError, DataError
 
@@ -66,15 +67,13 @@ def images_in(source: Path, output: Path) -> tuple[list[Job], list[str]]:
     if output.resolve() == source.resolve():
         raise ConfigError(f"--output {output} is the folder of the images: choose another, so that none is lost.")
     found, faults = [], []
-    for path in sorted(source.rglob("*")):
-        if any(part.startswith(".") for part in path.relative_to(source).parts) or path.is_dir():
-            continue
+    for path in files_below(source):
         is_image = path.suffix.lower() in IMAGE_SUFFIXES
-        if is_image and (reason := irregular(path)):
+        if (is_image or not path.exists()) and (reason := irregular(path)):
             faults.append(f"{path}: {reason}.")
         elif not path.is_file() or output.resolve() in path.resolve().parents:
             continue
-        elif reason := refused(path):
+        elif reason := unread(path):
             faults.append(f"{path}: {reason}.")
         elif is_image:
             found.append(path)

@@ -6,7 +6,6 @@ manifest, the same preprocessing and the same seeded order.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from fkd_med.data.augmentation import Augmentation, default_augmentation
 from fkd_med.data.datasets import Item, Maps, SampleReader, SegmentationDataset, collate
+from fkd_med.data.finding import real_folders
 from fkd_med.data.geometry import ResizeMode
 from fkd_med.data.layouts import FolderPair, Layout
 from fkd_med.data.manifest import UNLABELLED, Manifest
@@ -220,9 +220,9 @@ class FederatedDataModule(L.LightningDataModule):
         return self.manifest.digest(client, (UNLABELLED,), self.export_info()) if self.num_unlabelled(client) else ""
 
     def folders(self) -> list[str]:
-        """Return the folders that images and masks lie in, with links resolved: one for each."""
-        files = [[r.image for r in self._records.values()], [r.mask for r in self._records.values() if r.mask]]
-        return [os.path.commonpath([os.path.realpath(path.parent) for path in paths]) for paths in files if paths]
+        """Return the folders that images and masks lie in, with links resolved."""
+        records = self._records.values()
+        return real_folders(r.image for r in records) + real_folders(r.mask for r in records if r.mask)
 
     # Inside
 

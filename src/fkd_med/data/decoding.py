@@ -22,6 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from fkd_med.errors import DataError
+from fkd_med.files import open_regular
 
 _PHOTOS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".bmp", ".dib", ".gif", ".webp", ".jp2")
 IMAGE_SUFFIXES = frozenset((*_PHOTOS, ".pgm", ".ppm", ".pbm", ".pnm"))
@@ -69,6 +70,22 @@ def refused(path: Path) -> str | None:
     return reason.format(name=path.name, stem=path.stem) if reason else None
 
 
+def unread(path: Path) -> str | None:
+    """As `refused`, and look for DICOM's mark in files that are no image by their suffix: scanners write IM0001."""
+    if (reason := refused(path)) or path.suffix.lower() in IMAGE_SUFFIXES:
+        return reason
+    try:
+        with open_regular(path) as file:
+            return _DICOM.format(name=path.name, stem=path.stem) if _is_dicom(file.read(132)) else None
+    except OSError:
+        return None
+
+
+def _is_dicom(head: bytes) -> bool:
+    """Return whether a file that begins like this is DICOM."""
+    return head[128:132] == b"DICM"
+
+
 def irregular(path: Path) -> str | None:
     """Return why a file cannot be read and what to do when it is a broken link, a pipe, a socket or a device.
 
@@ -77,7 +94,7 @@ def irregular(path: Path) -> str | None:
     try:
         mode = path.stat().st_mode
     except OSError:
-        return "a link that leads to no file. Mend it or remove it"
+        return "a link that leads to no file or folder. Mend it or remove it"
     if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
         return None
     kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
@@ -143,7 +160,7 @@ def _why_unknown(path: Path) -> str:
     head = path.read_bytes()[:132]
     if not head:
         return "the file is empty. Copy it again or remove it."
-    if head[128:132] == b"DICM":
+    if _is_dicom(head):
         return _DICOM.format(name=path.name, stem=path.stem) + "."
     return "not an image this program reads (PNG, JPEG, TIFF, BMP), or damaged. Convert or remove it."
 

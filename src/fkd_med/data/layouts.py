@@ -13,7 +13,8 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar
 
-from fkd_med.data.pairing import OnMissing, find_images, pair, read_clients, report_missing, with_sites
+from fkd_med.data.finding import find_images
+from fkd_med.data.pairing import OnMissing, pair, read_clients, report_missing, with_sites
 from fkd_med.data.records import Record, listing
 from fkd_med.errors import DataError
 

@@ -1,8 +1,4 @@
-"""Finding image files, pairing them with masks by name, and reading `clients.csv`: what all layouts share.
-
-Folders are searched with their sub-folders. The name of a file is its path below the folder without the suffix, with
-``/`` between folders and in composed Unicode (NFC), so that names written on a Mac match those of a CSV file.
-"""
+"""Pairing images with masks by name, and reading `clients.csv`: what all layouts share."""
 
 from __future__ import annotations
 
@@ -16,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fkd_med.data.decoding import IMAGE_SUFFIXES, irregular, refused
-from fkd_med.data.records import Record, check_client_name, is_writable_name, listing
+from fkd_med.data.records import Record, check_client_name, listing
 from fkd_med.errors import DataError
 from fkd_med.files import open_regular
 
@@ -34,43 +29,6 @@ class Site:
     client: str | None
     patient: str
     split: str | None
-
-
-def find_images(folder: Path, besides: Path | None = None) -> dict[str, Path]:
-    """Find the image files in `folder` and its sub-folders, by name and sorted by it.
-
-    Hidden files and files without an image's suffix are passed over.
-
-    Args:
-        folder: Where to search.
-        besides: A folder inside it not to be searched.
-
-    Raises:
-        DataError: No such folder; no image in it; DICOM or volumes in it; two files of one name; a name that no
-            table can hold; a broken link, a pipe or the like.
-    """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder. Check data.root and the names of its folders.")
-    found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        if any(part.startswith(".") for part in inside.parts) or (besides is not None and besides in path.parents):
-            continue
-        if (reason := refused(path)) and path.is_file():
-            raise DataError(f"{path}: {reason}.")
-        if path.suffix.lower() not in IMAGE_SUFFIXES or path.is_dir():
-            continue
-        if reason := irregular(path):
-            raise DataError(f"{path}: {reason}.")
-        name = unicodedata.normalize("NFC", inside.with_suffix("").as_posix())
-        if not is_writable_name(name):
-            raise DataError(f"{str(path)!a}: a name with control characters or not in UTF-8. Rename it.")
-        if name in found:
-            raise DataError(f"{path} and {found[name].name} have one name, so they cannot be told apart. Rename one.")
-        found[name] = path
-    if not found:
-        raise DataError(f"{folder}: no image (PNG, JPEG, TIFF, BMP) in it. Check data.root and the layout.")
-    return dict(sorted(found.items()))
 
 
 def pair(

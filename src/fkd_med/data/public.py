@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from fkd_med.data.datasets import CACHE_BYTES, Item
-from fkd_med.data.decoding import IMAGE_SUFFIXES, read_header, refused
+from fkd_med.data.decoding import IMAGE_SUFFIXES, read_header, unread
+from fkd_med.data.finding import files_below, find_images
 from fkd_med.data.geometry import fit_image
 from fkd_med.data.images import pixel_digest, read_image
-from fkd_med.data.pairing import find_images
 from fkd_med.data.preprocessing import Preprocessing
 from fkd_med.data.progress import with_progress
 from fkd_med.data.records import Record, listing
@@ -95,7 +95,7 @@ def read_public(folder: str | Path, preprocessing: Preprocessing, records: Seque
     if not root.is_dir():
         raise DataError(f"data.public: {root}: no such folder. Name a folder of images that belong to no client.")
     root = root / "images" if (root / "images").is_dir() else root
-    if not any(path.suffix.lower() in IMAGE_SUFFIXES or refused(path) for path in root.rglob("*")):
+    if not any(path.suffix.lower() in IMAGE_SUFFIXES or unread(path) for path in files_below(root)):
         raise DataError(f"data.public: {root}: no image (PNG, JPEG, TIFF, BMP) in it. Put some there, or leave it out.")
     images = PublicImages(find_images(root), preprocessing)
     if is_first_rank():  # of several processes the first would end all of them
