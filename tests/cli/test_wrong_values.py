@@ -109,6 +109,13 @@ def test_a_setting_of_another_class_is_told_from_a_misspelt_one(capsys: pytest.C
     assert "'teacher_cache' is unknown" in error and "It is a setting of DistillationModule: give it there" in error
 
 
+def test_a_setting_of_a_class_that_is_not_named_says_what_to_type(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", str(CONFIG), "--data.layout.mask_suffix=_mask"]) == 2
+    error = capsys.readouterr().err
+    assert "give" in error and "setting of FolderPair" in error and error.count("\n") == 1
+    assert "--data.layout=CLASS --data.layout.mask_suffix=_mask." in error
+
+
 def test_a_run_is_scored_by_its_own_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """See also `test_local_only_students_are_scored_alike_after_a_reload`."""
     for command in ("test", "validate"):

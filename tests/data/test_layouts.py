@@ -9,6 +9,7 @@ import pytest
 
 from fkd_med.data.finding import find_images, real_folders
 from fkd_med.data.layouts import ChestXrayMasks, CVCClinicDB, FolderPair, cvc_sequence
+from fkd_med.data.pairing import OnMissing
 from fkd_med.errors import DataError
 
 
@@ -134,10 +135,12 @@ def test_missing_partners(tmp_path: Path, folder: str, what: str, caplog: pytest
     assert f"8 {what}" in caplog.text
 
 
-def test_nothing_pairs_even_when_skipping(tmp_path: Path) -> None:
-    touch(tmp_path, "images/1.png", "masks/1_mask.png")
-    with pytest.raises(DataError, match="mask_suffix"):
-        FolderPair().records(tmp_path, "skip")
+@pytest.mark.parametrize("on_missing", ["error", "skip", "unlabelled"])
+def test_nothing_pairs_and_the_suffix_is_told(tmp_path: Path, on_missing: OnMissing) -> None:
+    touch(tmp_path, *(f"images/{n}.png" for n in range(12)), *(f"masks/{n}_mask.png" for n in range(12)))
+    with pytest.raises(DataError, match=r"None of 12 .* --data\.layout=FolderPair --data\.layout\.mask_suffix=_mask$"):
+        FolderPair().records(tmp_path, on_missing)
+    assert len(FolderPair(mask_suffix="_mask").records(tmp_path)) == 12
 
 
 def test_clients_csv_gives_client_patient_and_split(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Says of a class that a parser refuses, in one line, for which key it was given and what is wrong with it.
 
-It is of another kind than the key takes, it is abstract, or a setting without a default was left out. The report ends
+It is of another kind than the key takes, it is abstract, or a setting without a default was left out; or it was not named. The report ends
 in complaints that it is not null either, or no path: those are of no use.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+from fkd_med.cli.unknown_keys import nearest
 from fkd_med.cli.wrong_values import KEY, innermost
 
 _PATH = r"['\"]?([\w.]+)['\"]?"
@@ -23,7 +24,9 @@ def wrong_class(text: str) -> str | None:
     if not keys:
         return None
     key, inner = ".".join(keys), innermost(text)
-    return _lacks_settings(key, inner) or _is_other_kind(key, inner) or _is_abstract(key, inner)
+    return (
+        _lacks_class(key, text) or _lacks_settings(key, inner) or _is_other_kind(key, inner) or _is_abstract(key, inner)
+    )
 
 
 def missing_model(text: str) -> str | None:
@@ -35,6 +38,15 @@ def missing_model(text: str) -> str | None:
     if command[1] in ("validate", "test"):
         advice = "--run_dir DIR, the folder of a run, or --config FILE, its configuration"
     return f"`fkd {command[1]}` needs a model: give {advice}."
+
+
+def _lacks_class(key: str, text: str) -> str | None:
+    """Return the message for a setting, on the command line, of a class that is not named."""
+    found = re.search(r" is abstract\n.*?NestedArg\(key='(\w+)', val='?([^')]*)", text, re.DOTALL)
+    if found is None:
+        return None
+    name, value = found.groups()
+    return f"{key}.{name} needs the class it belongs to: --{key}=CLASS --{key}.{name}={value}.{nearest(name)}"
 
 
 def _lacks_settings(key: str, inner: str) -> str | None:

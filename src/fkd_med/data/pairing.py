@@ -7,8 +7,9 @@ import io
 import logging
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -53,18 +54,27 @@ def pair(
     wanted = {mask_name(name) for name in images}
     lonely_masks = [path for name, path in masks.items() if name not in wanted]
     pairs: Pairs = {name: (path, masks[mask_name(name)]) for name, path in images.items() if mask_name(name) in masks}
+    if not pairs:
+        raise DataError(
+            f"None of {len(images)} images has a mask of its name: {listing([p.name for p in images.values()], 3)}; "
+            f"masks: {listing([p.name for p in masks.values()], 3)}. {_naming(images, masks)}"
+        )
     if on_missing != "unlabelled":
         learn = ", or learn from them without with --data.on_missing=unlabelled"
         report_missing(lonely_images, "images without mask", on_missing, learn)
     report_missing(lonely_masks, "masks without image", on_missing)
-    if not pairs:
-        raise DataError(
-            f"None of {len(images)} images has a mask of its name: {listing([p.name for p in images.values()], 3)}; "
-            f"masks: {listing([p.name for p in masks.values()], 3)}. Rename them, or set the layout's mask_suffix."
-        )
     if on_missing == "unlabelled":
         return {name: pairs.get(name, (path, None)) for name, path in images.items()}
     return pairs
+
+
+def _naming(images: Iterable[str], masks: Iterable[str]) -> str:
+    """Return how to tell which mask is whose: by the suffix that most of the first masks have after an image's name."""
+    some = list(islice(images, 100))
+    suffixes = Counter(mask.removeprefix(name) for mask in masks for name in some if mask.startswith(name))
+    suffix = suffixes.most_common(1)[0][0] if suffixes else "SUFFIX"
+    given = f" --data.layout.mask_suffix={suffix}" if suffix else ""
+    return f"Rename them, or say what masks have after their image's name: --data.layout=FolderPair{given}"
 
 
 def report_missing(paths: list[Path], what: str, on_missing: OnMissing, otherwise: str = "") -> None:
