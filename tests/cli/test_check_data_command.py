@@ -104,12 +104,46 @@ def test_every_fault_is_listed(copy: Path, tmp_path: Path, capsys: Said) -> None
         f"1 masks without image: {copy / 'masks' / first[1]}.png",
         f"{first[5]}.png: not an image this program reads",
         f"{first[6]}.png: not an image this program reads",
-        f"{first[7]}.png: its size differs",
+        f"{first[7]}.png: its size differs from its image's: 10x10, not 48x48 (width x height, upright)",
     ]
     for part in wanted:
         assert part in said.out
     assert said.out.count("Error: ") >= 5 and "would stop a run; they are listed above" in said.err
     assert (tmp_path / "out" / "contact_sheet.png").is_file()
+
+
+def test_files_that_are_not_read_are_faults_among_others(copy: Path, tmp_path: Path, capsys: Said) -> None:
+    first = names(copy)
+    for name in ("a.dcm", "b.dcm", "c.dcm", "d.dcm", "e.dcm", "v.nii.gz", "IM0001"):
+        (copy / "images" / name).write_bytes(b"\0" * 128 + b"DICM")
+    (copy / "images" / f"{first[0]}.png").rename(copy / "images" / f"{first[0]}.dcm")
+    Image.new("L", (10, 10)).save(copy / "masks" / f"{first[7]}.png")
+    assert check(tmp_path / "out", "--data.root", copy) == 2
+    said = capsys.readouterr().out
+    for part in ("a.dcm: DICOM is not read", "IM0001: DICOM", "v.nii.gz: volumes are not read", "its size differs"):
+        assert part in said
+    assert f"1 masks without image: {copy / 'masks' / first[0]}.png" in said and "e.dcm" in said
+    assert "e.dcm: DICOM" not in said and "more files have the fault of the last one" in said
+    assert (tmp_path / "out" / "contact_sheet.png").is_file()
+
+
+def test_nothing_but_dicom_is_told_as_that(copy: Path, tmp_path: Path, capsys: Said) -> None:
+    for path in (copy / "images").glob("*.png"):
+        path.rename(path.with_suffix(".dcm"))
+    assert check(tmp_path / "out", "--data.root", copy) == 2
+    assert ".dcm: DICOM is not read" in capsys.readouterr().err
+
+
+def test_a_set_of_coloured_masks_is_one_fault(copy: Path, tmp_path: Path, capsys: Said) -> None:
+    for path in (copy / "masks").glob("*.png"):
+        mask = np.asarray(Image.open(path))
+        Image.fromarray(np.stack([mask, mask * 0, mask * 0], axis=-1)).save(path)
+    assert check(tmp_path / "out", "--data.root", copy) == 2
+    said = capsys.readouterr().out
+    assert said.count("a colour mask; its classes cannot be told") == 3 and said.count("Error: ") == 4
+    assert "37 more files have the fault of the last one: " in said and "No image of this set has a mask" not in said
+    # What can be told is: the images' counts and sizes.
+    assert "hospital-a" in said and "48x48 (20)" in said and "0.0%" not in said
 
 
 def test_skipping_makes_missing_pairs_a_warning(copy: Path, tmp_path: Path, capsys: Said) -> None:

@@ -65,6 +65,9 @@ def test_one_picture_in_two_formats_and_two_hospitals_is_a_leak(records: list[Re
     assert report.duplicates == [["2", "4"]]
     for what in ("split", "client"):
         assert any(f"1 pictures are in more than one {what}: 2 (north, test) = 4" in line for line in report.warnings)
+    # One `patient` for both would be refused, as a patient at more than one client.
+    (across,) = (line for line in report.warnings if "more than one client" in line)
+    assert "Remove the copies from all clients but one" in across and "`patient`" not in across
 
 
 def test_damaged_files_are_listed_not_raised(records: list[Record]) -> None:

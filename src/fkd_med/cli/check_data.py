@@ -13,6 +13,8 @@ from fkd_med.data import FederatedDataModule, Manifest, Record
 from fkd_med.data.check import DataReport, collected_warnings, render
 from fkd_med.data.check import check_data as read_everything
 from fkd_med.data.contact_sheet import contact_sheet
+from fkd_med.data.fault_lines import few_of_a_kind
+from fkd_med.data.finding import listed_faults
 from fkd_med.data.manifest import ManifestRow
 from fkd_med.data.masks import MaskCoding, MaskFacts, find_coding, survey_masks
 from fkd_med.data.partition import build_manifest
@@ -93,22 +95,29 @@ def _look_at_public(data: FederatedDataModule, records: list[Record], found: _Fi
 
 def _records(data: FederatedDataModule, found: _Findings) -> list[Record]:
     """Find the images; those without partner are left out, and errors unless the configuration skips them too."""
-    with collected_warnings() as accepted:
+    with collected_warnings() as accepted, listed_faults() as faults:
         try:
-            return data.layout.records(data.root, data.on_missing)
+            records = data.layout.records(data.root, data.on_missing)
+            fault = None
         except DataError as error:
             fault = str(error)
         finally:
             found.notes += accepted
-    with collected_warnings() as notes:
-        records = data.layout.records(data.root, "skip")
-    left_out = [note.removeprefix("Left out ") for note in notes if note not in accepted]
-    if data.on_missing == "unlabelled" or not left_out:
-        found.errors.append(fault)  # names the masks without image; images without mask are none
-    else:
-        found.errors += left_out
-        found.errors[-1] += " Add what is missing, or leave these out with --data.on_missing=skip."
+    if fault is not None:
+        with collected_warnings() as notes, listed_faults() as faults:
+            records = data.layout.records(data.root, "skip")
+        found.errors += _left_out(data, fault, [note for note in notes if note not in accepted])
+    found.errors += few_of_a_kind(faults)
     return records
+
+
+def _left_out(data: FederatedDataModule, fault: str, notes: list[str]) -> list[str]:
+    """Return the errors that stand for `fault`: what was left out to go on."""
+    left_out = [note.removeprefix("Left out ") for note in notes]
+    if data.on_missing == "unlabelled" or not left_out:
+        return [fault]  # names the masks without image; images without mask are none
+    left_out[-1] += " Add what is missing, or leave these out with --data.on_missing=skip."
+    return left_out
 
 
 def _manifest(data: FederatedDataModule, found: _Findings) -> Manifest | None:
@@ -142,6 +151,8 @@ def _coding(data: FederatedDataModule, records: list[Record], found: _Findings) 
             facts += survey_masks([record])
         except DataError:
             continue
+    if not facts and any(record.mask for record in records):
+        return None
     try:
         return find_coding(facts, data.classes, data.class_values)
     except DataError as error:

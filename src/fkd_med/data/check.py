@@ -11,12 +11,14 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from fkd_med.data.decoding import Header, read_header
+from fkd_med.data.fault_lines import few_of_a_kind
 from fkd_med.data.images import pixel_digest, read_image, read_mask
 from fkd_med.data.manifest import SPLITS, UNLABELLED, Manifest, ManifestRow
 from fkd_med.data.masks import MaskCoding
@@ -104,17 +106,17 @@ def check_data(
         The report; damaged files are among its errors instead of being raised.
     """
     by_id = {record.id: record for record in records}
-    errors, seen = [], []
+    faults, seen = [], []
     for row in with_progress(manifest.rows, "Reading images and masks", at_least=100):
-        try:
-            seen.append(_read(row, by_id, coding or _ANY_FOREGROUND))
-        except DataError as error:
-            errors.append(str(error))
-    clients = [_client_report(name, [one for one in seen if one.row.client == name]) for name in manifest.clients()]
+        one, found = _read(row, by_id, coding or _ANY_FOREGROUND)
+        faults += found
+        seen += [] if one is None else [one]
+    clients = [_client_report(name, manifest, seen) for name in manifest.clients()]
     duplicates = _duplicates(seen)
     warnings = [*notes, *_leaks(seen, duplicates), *_oddities(clients, manifest)]
     if unused := len(by_id.keys() - {row.id for row in manifest.rows}):
         warnings.append(f"{unused} images are not in the manifest and not used.")
+    errors = few_of_a_kind(faults)
     return DataReport(clients, coding, [[one.row.id for one in group] for group in duplicates], errors, warnings)
 
 
@@ -169,35 +171,50 @@ def render(report: DataReport, console: Console | None = None) -> None:
             console.print(line, markup=False, highlight=False)
 
 
-def _read(row: ManifestRow, records: dict[str, Record], coding: MaskCoding) -> _Seen:
+def _read(
+    row: ManifestRow, records: dict[str, Record], coding: MaskCoding
+) -> tuple[_Seen | None, list[tuple[Path, str]]]:
+    """Return what an image and its mask hold, as far as they can be read, and what is wrong with either."""
     record = records.get(row.id)
     if record is None:
-        raise DataError(f"{row.id}: in the manifest, but its image is not in the data.")
-    header = read_header(record.image)
-    image = read_image(record.image, 3)
+        return None, [(Path(row.id), f"{row.id}: in the manifest, but its image is not in the data.")]
+    try:
+        header, image = read_header(record.image), read_image(record.image, 3)
+    except DataError as error:
+        return None, [(record.image, str(error))]
+    seen = _Seen(row, header, pixel_digest(image), {}, None)
     if record.mask is None:
-        if row.split != UNLABELLED:
-            raise DataError(f"{record.image}: has no mask.")
-        return _Seen(row, header, pixel_digest(image), {}, None)
-    raw = read_mask(record.mask)
-    if raw.shape != image.shape[:2]:
-        raise DataError(f"{record.mask}: its size differs from its image's.")
+        return seen, [] if row.split == UNLABELLED else [(record.image, f"{record.image}: has no mask.")]
+    try:
+        seen.values, seen.shares = _mask_contents(record.mask, image.shape[:2], coding)
+    except DataError as error:
+        return seen, [(record.mask, str(error))]
+    return seen, []
+
+
+def _mask_contents(path: Path, size: tuple[int, ...], coding: MaskCoding) -> tuple[dict[int, int], list[float]]:
+    """Return the pixels of each raw value and the share of each class."""
+    raw = read_mask(path)
+    if raw.shape != size:
+        sizes = f"{raw.shape[1]}x{raw.shape[0]}, not {size[1]}x{size[0]} (width x height, upright)"
+        raise DataError(f"{path}: its size differs from its image's: {sizes}.")
     values, number = np.unique(raw, return_counts=True)
-    indices = coding.apply(raw, record.mask)
+    indices = coding.apply(raw, path)
     shares = np.bincount(indices.ravel(), minlength=len(coding.values)) / indices.size
-    pixels = dict(zip(values.tolist(), number.tolist(), strict=True))
-    return _Seen(row, header, pixel_digest(image), pixels, shares.tolist())
+    return dict(zip(values.tolist(), number.tolist(), strict=True)), shares.tolist()
 
 
-def _client_report(name: str, seen: Sequence[_Seen]) -> ClientReport:
+def _client_report(name: str, manifest: Manifest, seen: Iterable[_Seen]) -> ClientReport:
+    rows = [row for row in manifest.rows if row.client == name]
+    own = [one for one in seen if one.row.client == name]
     report = ClientReport(name)
-    report.images.update(one.row.split for one in seen)
-    report.patients.update(split for split, _ in {(one.row.split, one.row.patient) for one in seen})
-    report.sizes.update((one.header.size[1], one.header.size[0]) for one in seen)
-    report.modes.update(f"{_NAMES.get(one.header.mode, one.header.mode)}, {one.header.bits} bit" for one in seen)
-    for one in seen:
+    report.images.update(row.split for row in rows)
+    report.patients.update(split for split, _ in {(row.split, row.patient) for row in rows})
+    report.sizes.update((one.header.size[1], one.header.size[0]) for one in own)
+    report.modes.update(f"{_NAMES.get(one.header.mode, one.header.mode)}, {one.header.bits} bit" for one in own)
+    for one in own:
         report.mask_values.update(one.values)
-    if shares := [one.shares for one in seen if one.shares is not None]:
+    if shares := [one.shares for one in own if one.shares is not None]:
         report.class_shares = dict(enumerate(np.mean(shares, axis=0).tolist()))
     report.empty = sum(share[0] == 1 for share in shares)
     return report
@@ -213,14 +230,15 @@ def _duplicates(seen: Iterable[_Seen]) -> list[list[_Seen]]:
 def _leaks(seen: Sequence[_Seen], duplicates: Sequence[Sequence[_Seen]]) -> list[str]:
     """Tell of pictures on both sides of a border, and of sets that may have such without a hash showing it."""
     found = []
-    for what in ("split", "client"):
+    remedies = {
+        "split": "Remove the copies, or, within a client, give them one `patient` in clients.csv.",
+        "client": "Remove the copies from all clients but one: a patient's images belong to one client.",
+    }
+    for what, remedy in remedies.items():
         groups = [group for group in duplicates if len({getattr(one.row, what) for one in group}) > 1]
         names = [" = ".join(f"{one.row.id} ({one.row.client}, {one.row.split})" for one in group) for group in groups]
         if names:
-            found.append(
-                f"{len(names)} pictures are in more than one {what}: {listing(names)}. Remove the copies, or give "
-                "them one `patient` in clients.csv."
-            )
+            found.append(f"{len(names)} pictures are in more than one {what}: {listing(names)}. {remedy}")
     if len(seen) > 1 and len({one.row.patient for one in seen}) == len(seen):
         found.append(
             "Every image counts as a patient of its own. If several come from one person, scan or video, say so in "
@@ -252,4 +270,5 @@ def _contents(client: ClientReport) -> list[str]:
     modes = [f"{mode} ({number})" for mode, number in client.modes.most_common()]
     values = [str(value) for value in sorted(client.mask_values)]
     shown = ", ".join(values) if len(values) <= 8 else f"{values[0]} to {values[-1]} ({len(values)} values)"
-    return [client.client, sizes, listing(modes, 3), shown, f"{client.foreground:.1%}", str(client.empty)]
+    drawn = [f"{client.foreground:.1%}", str(client.empty)] if client.class_shares else ["-", "-"]
+    return [client.client, sizes or "-", listing(modes, 3) or "-", shown or "-", *drawn]
