@@ -62,6 +62,15 @@ def test_images_without_a_mask_are_learned_from_and_never_scored(root: Path) -> 
     assert "labelled" not in next(iter(made.client_train_dataloader("hospital-b", 1)))  # it has masks for all
 
 
+def test_a_hospital_without_any_mask_is_told_as_that(root: Path) -> None:
+    clients = {row.id: row.client for row in module(root).manifest.rows}
+    without_masks(root, lambda name: clients[name] == "hospital-b")
+    with pytest.raises(DataError, match=r"'hospital-b' has 32 images without a mask and .*draw masks.*clients\.csv"):
+        module(root, on_missing="unlabelled")
+    with pytest.raises(DataError, match="fewer than one batch of 99"):  # masks there are, but too few
+        module(root, on_missing="unlabelled", batch_size=99, client="hospital-a")
+
+
 def test_an_image_without_mask_of_a_tested_patient_is_left_out(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     patients = {row.id: row.patient for row in module(root).manifest.rows}
     first = {patient: name for name, patient in reversed(patients.items())}  # one image of each patient

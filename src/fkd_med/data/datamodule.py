@@ -254,10 +254,11 @@ class FederatedDataModule(L.LightningDataModule):
     def _check_batches(self) -> None:
         """Every client that trains alone must fill a batch; plain Lightning pools them and needs one in all."""
         counts = {client: self.num_examples(client) for client in self.client_names()}
+        without = {client: len(self.manifest.of(client, UNLABELLED)) for client in counts}
         pooled = self.trainer is not None and getattr(self.trainer, "federation", None) is None
         if pooled and min(counts.values()) > 0:
             counts = {self.client or f"all {len(counts)} clients pooled": sum(counts.values())}
-        check_fills_batch(counts, self.batch_size, self._ranks()[0], self.root)
+        check_fills_batch(counts, without, self.batch_size, self._ranks()[0], self.root)
 
     def _ranks(self) -> tuple[int, int]:
         """Return world size and rank: the trainer's, or those of a single process."""

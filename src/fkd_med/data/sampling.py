@@ -50,11 +50,14 @@ class SeededSampler(DistributedSampler[SeededIndex]):
             yield index, derive_seed(*scope, self.ids[index])
 
 
-def check_fills_batch(counts: Mapping[str, int], batch_size: int, devices: int, root: Path) -> None:
+def check_fills_batch(
+    counts: Mapping[str, int], without: Mapping[str, int], batch_size: int, devices: int, root: Path
+) -> None:
     """Refuse clients whose training images with masks do not fill a batch on every device.
 
     Args:
         counts: Client -> number of these images.
+        without: Client -> number of images to learn from that have no mask.
         batch_size: Images per batch and device.
         devices: Number of devices.
         root: Folder of the data set, for the message.
@@ -63,6 +66,12 @@ def check_fills_batch(counts: Mapping[str, int], batch_size: int, devices: int, 
         DataError: Names the first such client and the remedies.
     """
     for client, count in counts.items():
+        if count == 0 and without.get(client):
+            raise DataError(
+                f"{root}: client {client!r} has {without[client]} images without a mask and none with one to train on. "
+                "Each client needs some: draw masks for a few of its patients, give its images to another client in "
+                "clients.csv, or take them out."
+            )
         if count < batch_size * devices:
             raise DataError(
                 f"{root}: client {client!r} has {count} training image(s), fewer than one batch of "
