@@ -38,6 +38,16 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def single_value(error: BaseException, network: str = "A network of this run") -> ConfigError | None:
+    """Return what to tell of torch's error about BatchNorm's only value; None for other errors."""
+    if "Expected more than 1 value per channel when training" not in str(error):
+        return None
+    return ConfigError(
+        f"{network} cannot be trained on one image at a time: BatchNorm needs more than one value per channel. "
+        "Set data.batch_size to 2 or more, or a larger data.image_size."
+    )
+
+
 def check_known(where: str, names: Iterable[str], known: Iterable[str]) -> None:
     """Refuse a name that is not known, naming the nearest; ConfigError."""
     known = list(known)

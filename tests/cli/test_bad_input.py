@@ -10,9 +10,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from fkd_med.cli import main
 from fkd_med.cli.hardware import check_accelerator
+from fkd_med.cli.messages import user_error
 from fkd_med.errors import ConfigError
 
 Change = Callable[[Path], object]
@@ -165,6 +167,7 @@ def test_missing_masks_are_skipped_when_asked(
             ("--model.network=segmentation_models_pytorch.Unet", "--model.network.encoder_weights=null"),
             ("Unet cannot be built", "null becomes the word None: write `encoder_weights: null` in a file"),
         ),
+        (("--data.batch_size=1",), ("SlimUNet at 32 pixels", "one image at a time", "data.batch_size to 2")),
         (("--ckpt_path=last",), ("no last checkpoint",)),
         (("--ckpt_path=nowhere.ckpt",), ("nowhere.ckpt", "does not exist")),
     ],
@@ -215,12 +218,18 @@ def test_a_diverged_loss_names_client_round_and_batch(
     assert "hospital-a" in error and "round 1" in error and "batch" in error and "learning rate" in error
 
 
+def test_a_single_value_in_a_teacher_or_a_network_of_ones_own_is_explained() -> None:
+    try:
+        torch.nn.BatchNorm2d(3)(torch.zeros(1, 3, 1, 1))
+    except ValueError as error:
+        told = user_error(error)
+    assert isinstance(told, ConfigError) and "data.batch_size to 2 or more" in str(told)
+
+
 def test_pretrained_weights_without_a_network(
     tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import urllib.error
-
-    import torch
 
     def offline(*args: object, **kwargs: object) -> None:
         raise urllib.error.URLError("no network in this test")

@@ -15,7 +15,7 @@ from fkd_med.cli.signals import TERMINATED, interruption
 from fkd_med.cli.unknown_keys import nearest, unknown_key
 from fkd_med.cli.wrong_classes import missing_model, wrong_class
 from fkd_med.cli.wrong_values import wrong_value
-from fkd_med.errors import ConfigError, FkdError
+from fkd_med.errors import ConfigError, FkdError, single_value
 
 _NETWORK = (
     "URLError",
@@ -100,6 +100,8 @@ def user_error(error: BaseException) -> FkdError | None:
             return ConfigError(str(seen))
         if (lost := lost_process(seen)) is not None:
             return lost
+        if (single := single_value(seen)) is not None:
+            return single
         seen = seen.__cause__ or seen.__context__
     return None
 

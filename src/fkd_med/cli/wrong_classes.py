@@ -1,6 +1,6 @@
 """Says of a class that a parser refuses, in one line, for which key it was given and what is wrong with it.
 
-It is of another kind than the key takes, it is abstract, or a setting without a default was left out; or it was not named. The report ends
+It is of another kind than the key takes, it is abstract, it was not named, or a setting without a default was left out. The report ends
 in complaints that it is not null either, or no path: those are of no use.
 """
 
