@@ -173,6 +173,9 @@ def test_clients_csv_may_know_patients_only(tmp_path: Path) -> None:
         ("id,client,patient,split\n1,a,p,train\n2,a,q,valid\n", r"2: the split 'valid' is not one of train, val, test"),
         ("id,client,patient\n1,a,p\n2,../b,p\n", r"2: '\.\./b' cannot name a client"),
         ("id,client,patient\n1,a,p\n2,..,p\n", r"cannot name a client"),
+        ("id,client,patient\n1,Nord,p\n2,nord,q\n", r"the clients 'Nord' and 'nord' differ only"),
+        ("id,client,patient\n1,St  Anna,p\n2,St Anna,q\n", r"the clients 'St  Anna' and 'St Anna' differ only"),
+        ("id,client,patient\n1,Köln,p\n2,Ko\u0308ln,q\n", r"the clients 'Ko\\u0308ln' and 'K\\xf6ln' differ only"),
     ],
 )
 def test_clients_csv_mistakes(tmp_path: Path, text: str, message: str) -> None:

@@ -48,6 +48,7 @@ def test_written_and_read_back(tmp_path: Path) -> None:
         ({"patient": "p3", "split": "val"}, r"more than one client: p3 \(a, b\)"),
         ({"client": "../x"}, "cannot name a client"),
         ({"client": ""}, "cannot name a client"),
+        ({"client": "B"}, "the clients 'B' and 'b' differ only in how they are written"),
     ],
 )
 def test_rows_that_break_a_rule_are_refused(changes: dict[str, str], message: str) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fkd_med.data.progress import with_progress
-from fkd_med.data.records import Record, check_client_name, is_writable_name, listing
+from fkd_med.data.records import Record, check_client_name, check_distinct_clients, is_writable_name, listing
 from fkd_med.errors import DataError
 from fkd_med.files import atomic_write_text, open_regular
 
@@ -183,8 +183,10 @@ def _check_names(rows: tuple[ManifestRow, ...], source: Path | str) -> None:
     wrong = [f"{row.id} ({row.split!r})" for row in rows if row.split not in known]
     if wrong:
         raise DataError(f"{source}: the split must be one of {', '.join(known)}; wrong for {listing(wrong)}.")
-    for client in {row.client for row in rows}:
+    clients = {row.client for row in rows}
+    for client in clients:
         check_client_name(client, str(source))
+    check_distinct_clients(clients, str(source))
 
 
 def _check_patients(rows: tuple[ManifestRow, ...], source: Path | str) -> None:

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from fkd_med.data.records import Record, check_client_name, listing
+from fkd_med.data.records import Record, check_client_name, check_distinct_clients, listing
 from fkd_med.errors import DataError
 from fkd_med.files import open_regular
 
@@ -94,7 +94,7 @@ def read_clients(path: Path) -> dict[str, Site]:
 
     Raises:
         DataError: Unreadable, columns missing, no rows, ids listed twice, some clients or splits empty, unknown
-            split, or a name that cannot name a client.
+            split, a name that cannot name a client, or two that differ only in how they are written.
     """
     try:
         with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline="") as file:
@@ -118,6 +118,7 @@ def read_clients(path: Path) -> dict[str, Site]:
         open_ids = [name for name, row in zip(ids, rows, strict=True) if not row.get(column)]
         if open_ids and len(open_ids) < len(ids):
             raise DataError(f"{path}: the {column} is empty for {listing(open_ids)}. Fill it for all images or none.")
+    check_distinct_clients((row["client"] for row in rows), str(path))
     return {name: _site(row, name, path) for name, row in zip(ids, rows, strict=True)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,28 @@ def check_client_name(name: str, source: str) -> str:
     if len(name.encode()) > 150:
         raise DataError(f"{source}: the client name {name[:40]!r}... is too long; use at most 150 bytes.")
     return name
+
+
+def check_distinct_clients(names: Iterable[str], source: str) -> None:
+    """Refuse client names that are one to a reader or to a disk: they differ in case, spaces or Unicode's forms only.
+
+    Args:
+        names: The names.
+        source: Where they were found, for the message.
+
+    Raises:
+        DataError: Names both of the first such pair.
+    """
+    seen: dict[str, str] = {}
+    for name in sorted(set(names)):
+        plain = " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold()).split())
+        if (other := seen.setdefault(plain, name)) != name:
+            alike = unicodedata.normalize("NFC", other) == unicodedata.normalize("NFC", name)
+            both = " and ".join(ascii(one) if alike else repr(one) for one in (other, name))
+            raise DataError(
+                f"{source}: the clients {both} differ only in how they are written. Write one name for one hospital; "
+                "two need names that differ in more, since some disks would keep their results in one folder."
+            )
 
 
 def is_writable_name(name: str) -> bool:
