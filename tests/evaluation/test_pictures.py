@@ -65,6 +65,30 @@ def test_panel_takes_any_shape_and_empty_masks(shape: tuple[int, int, int]) -> N
     assert panel(image, empty + 2, {"student": empty + 1}, classes=3).size
 
 
+def test_classes_that_are_swapped_look_otherwise() -> None:
+    mask = np.zeros((64, 64), np.int64)
+    mask[8:24, 8:24], mask[40:56, 40:56] = 1, 2
+    image = np.full((64, 64, 1), 0.5, np.float32)
+    right, swapped = (panel(image, None, {"student": m}, classes=3) for m in (mask, (3 - mask) % 3))
+    assert right.shape == swapped.shape and (right != swapped).any()
+    # One line is solid and the other dashed: the same way round, it has more of its colour.
+    halves = [
+        [len(near(half, colour(0))[0]) for half in np.array_split(p[: len(p) * 3 // 4], 2)] for p in (right, swapped)
+    ]
+    assert halves[0][0] > 1.2 * halves[0][1] and halves[1][1] > 1.2 * halves[1][0]
+
+
+@pytest.mark.parametrize("ranks", [["median"], ["worst", "best"], ["worst", "median", "best"]])
+def test_the_legend_of_the_overview_is_whole(tmp_path: Path, ranks: list[str]) -> None:
+    truth = disc((90, 40), (45, 20), 8)
+    models = dict.fromkeys(["teacher", "local-only student", "federated student"], truth)
+    samples = [Sample("a", "id", rank, np.full((90, 40, 1), 0.5), truth, models) for rank in ranks]
+    sheet = np.asarray(Image.open(write_pictures(tmp_path, samples)[0]))
+    tiles = (np.abs(sheet.astype(int) - 128) <= 2).all(axis=-1).sum(axis=1) > 60
+    legend = sheet[np.flatnonzero(tiles).max() + 3 :]
+    assert (legend < 100).any() and (legend[:, [0, 1, -2, -1]] == 255).all()
+
+
 def test_overlay_of_original_size() -> None:
     image, mask = np.full((30, 50, 3), 0.5, np.float32), disc((30, 50), (12, 30), 8)
     picture = overlay(image, mask, enlarge=False)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -28,12 +28,15 @@ from fkd_med.evaluation.rows import ImageRow
 from fkd_med.files import atomic_write_bytes
 
 Picture = npt.NDArray[np.uint8]  # (H, W, 3), RGB
+LineStyle = Literal["solid", "dashed", "dotted", "dashdot"]
 FloatImage = npt.NDArray[np.floating[Any]]  # (H, W, C) in [0, 1]
 
 TRUTH_COLOUR = "#FFFFFF"
+STYLES: tuple[LineStyle, ...] = ("solid", "dashed", "dotted", "dashdot")
 COLOURS = ("#56B4E9", "#E69F00", "#CC79A7", "#009E73", "#F0E442", "#D55E00")
 _LEGIBLE = 512  # pixels: overlays whose longest side is shorter are enlarged
 _TILE = 3.6  # inches
+_LINE = 0.24  # inches of a line of the legend
 
 
 @dataclass(frozen=True)
@@ -98,15 +101,14 @@ def panel(
     """
     height, width = image.shape[:2]
     tile = _tile_size(height, width)
-    lines = 1 + len(predictions)
-    figure = Figure(figsize=(2 * tile[0] + 0.3, tile[1] + 0.55 + 0.24 * lines), dpi=140, layout="constrained")
+    figure = Figure(figsize=(2 * tile[0] + 0.3, tile[1] + 0.55), dpi=140, layout="constrained")
     plain, marked = figure.subplots(1, 2)
     _show(plain, image)
     _show(marked, image)
     _contours(marked, truth, predictions, classes)
     figure.suptitle(title, fontsize=11, parse_math=False)
     labels = {name: f"{name}   {_scores(mask, truth, classes)}".rstrip() for name, mask in predictions.items()}
-    _legend(figure, truth is not None, labels, columns=1)
+    _legend(figure, truth is not None, labels, 1, classes)
     return _render(figure, path)
 
 
@@ -165,7 +167,7 @@ def _overview(samples: Sequence[Sample], classes: int, path: Path) -> None:
     ranks = [r for r in ("worst", "median", "best") if any(s.rank == r for s in samples)]
     width, height = _tile_size(samples[0].image.shape[0], samples[0].image.shape[1], longest=3.0)
     figure = Figure(
-        figsize=(width * len(ranks) + 0.4, (height + 0.45) * len(clients) + 0.8), dpi=120, layout="constrained"
+        figsize=(width * len(ranks) + 0.4, (height + 0.45) * len(clients) + 0.56), dpi=120, layout="constrained"
     )
     grid = figure.subplots(len(clients), len(ranks), squeeze=False)
     for axes in grid.flat:
@@ -177,7 +179,7 @@ def _overview(samples: Sequence[Sample], classes: int, path: Path) -> None:
         scores = " / ".join(_dice(mask, sample.truth, classes) for mask in sample.predictions.values())
         axes.set_title(f"{sample.client}, {sample.rank}: {sample.id}\nDice {scores}", fontsize=8, parse_math=False)
     names = {name: name for s in samples for name in s.predictions}
-    _legend(figure, any(s.truth is not None for s in samples), names, columns=1 + len(names))
+    _legend(figure, any(s.truth is not None for s in samples), names, 1 + len(names) + classes, classes)
     _render(figure, path)
 
 
@@ -200,23 +202,41 @@ def _contours(axes: Axes, truth: IndexMask | None, predictions: Mapping[str, Ind
             if not inside.any():
                 continue
             rows, columns = np.arange(inside.shape[0]) - 1, np.arange(inside.shape[1]) - 1
-            drawn = axes.contour(columns, rows, inside, levels=[0.5], colors=[colour], linewidths=width)
+            look: dict[str, Any] = {"colors": [colour], "linewidths": width, "linestyles": [_style(index)]}
+            drawn = axes.contour(columns, rows, inside, levels=[0.5], **look)
             drawn.set_path_effects([Stroke(linewidth=width + 1.0, foreground="black", alpha=0.6), Normal()])
+
+
+def _style(index: int) -> LineStyle:
+    """Return the line of a class, so that a model that swaps two is seen to."""
+    return STYLES[(index - 1) % len(STYLES)]
 
 
 def _cycle() -> list[str]:
     return list(COLOURS) * 4
 
 
-def _legend(figure: Figure, truth: bool, labels: Mapping[str, str], columns: int) -> None:
+def _legend(figure: Figure, truth: bool, labels: Mapping[str, str], columns: int, classes: int) -> None:
+    """Add a line for the truth, each model and each class, in as many columns as the figure has room for."""
     entries = ([("truth", TRUTH_COLOUR)] if truth else []) + list(zip(labels.values(), _cycle(), strict=False))
     effects = [Stroke(linewidth=4.5, foreground="black"), Normal()]
     handles = [Line2D([], [], color=colour, linewidth=2.5, path_effects=effects) for _, colour in entries]
     if not handles:
         return
-    legend = figure.legend(handles, [n for n, _ in entries], loc="outside lower center", ncols=columns, frameon=False)
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # a "$" in a name is a dollar
+    names, shown = [name for name, _ in entries], range(1, classes) if classes > 2 else ()
+    handles += [Line2D([], [], color="black", linewidth=1.3, linestyle=_style(index)) for index in shown]
+    names += [f"class {index}" for index in shown]
+    canvas: Any = FigureCanvasAgg(figure)
+    for fewer in range(columns, 0, -1):
+        legend = figure.legend(handles, names, loc="outside lower center", ncols=fewer, frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a "$" in a name is a dollar
+        wide = legend.get_window_extent(canvas.get_renderer()).width
+        if wide < figure.bbox.width or fewer == 1:
+            break
+        legend.remove()
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(max(width, wide / figure.dpi), height + _LINE * -(-len(handles) // fewer))
 
 
 def _scores(mask: IndexMask, truth: IndexMask | None, classes: int) -> str:
