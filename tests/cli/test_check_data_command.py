@@ -146,6 +146,13 @@ def test_a_set_of_coloured_masks_is_one_fault(copy: Path, tmp_path: Path, capsys
     assert "hospital-a" in said and "48x48 (20)" in said and "0.0%" not in said
 
 
+def test_a_class_that_nobody_has_is_one_warning(phantoms: Path, tmp_path: Path, capsys: Said) -> None:
+    given = ("--data.root", phantoms, "--data.classes=3", "--data.class_values=[0, 255, 7]")
+    assert check(tmp_path / "out", *given) == 0
+    said = capsys.readouterr().out
+    assert said.count("Warning: No mask of the whole set has value 7") == 1 and "no pixel of class" not in said
+
+
 def test_skipping_makes_missing_pairs_a_warning(copy: Path, tmp_path: Path, capsys: Said) -> None:
     (copy / "masks" / f"{names(copy)[0]}.png").unlink()
     given = ("--data.root", copy, "--data.on_missing", "skip")

@@ -170,6 +170,15 @@ def test_multi_class_by_index_and_by_value(tmp_path: Path) -> None:
     np.testing.assert_array_equal(decoded(found[0], scan_masks(found, 3, [255, 128, 0])), mask)
 
 
+def test_a_class_that_no_mask_has_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    found = records(tmp_path, SQUARE, SQUARE * 2)
+    assert scan_masks(found, 3).values == (0, 1, 2) and not caplog.records
+    assert scan_masks(found, 4).values == (0, 1, 2, 3)
+    assert [record.getMessage() for record in caplog.records] == [
+        "No mask of the whole set has value 3, of the 4 classes whose values are 0, 1, 2, 3. Is data.classes right?"
+    ]
+
+
 def test_inverted_binary_masks_by_value(tmp_path: Path) -> None:
     found = records(tmp_path, (1 - SQUARE) * 255)
     np.testing.assert_array_equal(decoded(found[0], scan_masks(found, 1, [255, 0])), SQUARE)

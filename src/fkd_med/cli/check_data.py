@@ -153,11 +153,14 @@ def _coding(data: FederatedDataModule, records: list[Record], found: _Findings) 
             continue
     if not facts and any(record.mask for record in records):
         return None
-    try:
-        return find_coding(facts, data.classes, data.class_values)
-    except DataError as error:
-        found.errors.append(str(error))
-        return None
+    with collected_warnings() as notes:
+        try:
+            return find_coding(facts, data.classes, data.class_values)
+        except DataError as error:
+            found.errors.append(str(error))
+            return None
+        finally:
+            found.notes += notes
 
 
 def _without_hospitals(records: list[Record]) -> Manifest:

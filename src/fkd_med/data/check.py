@@ -249,11 +249,12 @@ def _leaks(seen: Sequence[_Seen], duplicates: Sequence[Sequence[_Seen]]) -> list
 
 def _oddities(clients: Sequence[ClientReport], manifest: Manifest) -> list[str]:
     found = []
+    somewhere = {index for client in clients for index, share in client.class_shares.items() if share > 0}
     for client in clients:
         bare = [split for split in SPLITS if not manifest.of(client.client, split)]
         if bare:
             found.append(f"{client.client} has no image in {', '.join(bare)}.")
-        absent = [str(index) for index, share in client.class_shares.items() if share == 0]
+        absent = [str(index) for index, share in client.class_shares.items() if share == 0 and index in somewhere]
         if absent:
             found.append(f"{client.client} has no pixel of class {', '.join(absent)}.")
         if len(client.modes) > 1:

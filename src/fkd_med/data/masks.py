@@ -6,6 +6,7 @@ training, the coding is found from all of them, and whatever does not fit it is 
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from fkd_med.data.progress import with_progress
 from fkd_med.data.records import Record, listing
 from fkd_med.errors import ConfigError, DataError
 from fkd_med.ranks import is_first_rank
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,8 @@ def find_coding(facts: Sequence[MaskFacts], classes: int, class_values: Sequence
             f"All {len(facts)} masks are empty (first: {facts[0].path}). Check that data.root names the folder with "
             "the drawn masks and that they were exported with their regions."
         )
+    if number > 2:
+        _tell_of_absent_classes(facts, coding)
     return coding
 
 
@@ -232,6 +237,16 @@ def _refuse_hidden_classes(facts: Sequence[MaskFacts], coding: MaskCoding) -> No
             "background and foreground. Give data.classes and data.class_values for each; if these values are no "
             f"classes, data.class_values: [0, {top}] counts each with the nearer of the two."
         )
+
+
+def _tell_of_absent_classes(facts: Sequence[MaskFacts], coding: MaskCoding) -> None:
+    """Warn, once for the whole set, of classes that no mask has: nobody would learn or score them."""
+    absent = [value for value in coding.values if not any(value in mask.pixels for mask in facts)]
+    if absent and is_first_rank():
+        _log.warning(
+            "No mask of the whole set has value %s, of the %d classes whose values are %s. Is data.classes right?",
+            _few(absent), len(coding.values), _few(coding.values),
+        )  # fmt: skip
 
 
 def _is_empty(mask: MaskFacts, coding: MaskCoding) -> bool:
