@@ -55,7 +55,8 @@ def open_regular(path: str | Path) -> BufferedReader:
 def write_error(path: Path, error: OSError) -> RunError:
     """Return what to tell the user when `path` could not be written."""
     remedy = _REMEDIES.get(error.errno or 0, "Check the disk and the path")
-    return RunError(f"Cannot write {path}: {error.strerror or error}. {remedy}, then run again.")
+    resume = " (a training that had begun: with --ckpt_path last)" if error.errno in _FULL else ""
+    return RunError(f"Cannot write {path}: {error.strerror or error}. {remedy}, then run again{resume}.")
 
 
 def make_folder(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Says of a class that a parser refuses, in one line, for which key it was given and what is wrong with it.
 
-It is of another kind than the key takes, it is abstract, it was not named, or a setting without a default was left out. The report ends
-in complaints that it is not null either, or no path: those are of no use.
+It is of another kind than the key takes, is abstract, was not named, or a setting without a default was left out. The
+report ends in complaints that it is not null either, or no path: those are of no use.
 """
 
 from __future__ import annotations
