@@ -67,7 +67,7 @@ def test_key_value_and_what_the_key_takes(options: list[str], message: str, caps
             ["--model=fkd_med.modules.DistillationModule", "--model.losses={own: {class_path: torch.nn.ReLU}}"],
             "model.losses is torch.nn.ReLU, which is no DistillationTerm: give the class_path of one.\n",
         ),
-        (["--data.layout.images=x"], "data.layout is fkd_med.data.Layout, which is abstract: give the class_path of"),
+        (["--data.layout=fkd_med.data.Layout"], "data.layout is fkd_med.data.Layout, which is abstract: give the "),
     ],
 )  # fmt: skip
 def test_a_class_that_cannot_be_used(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,6 +36,8 @@ def train_alone(trainer: FederatedTrainer, module: SegmentationModule, data: Any
     if trainer.is_global_zero:
         text = _configuration(run, run_dir)
         goes_on = run.begin(text, resume=resume)
+        if run_dir.manifest.is_file():
+            atomic_write_text(run.manifest, run_dir.manifest.read_text(encoding="utf-8"))
         atomic_write_text(run.config, text)
     trainer.reporter.line("the same students, each hospital alone:")
     alone = _trainer(trainer, run)

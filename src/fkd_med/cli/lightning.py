@@ -214,7 +214,7 @@ class FkdCLI(LightningCLI):
         check_monitor(self.given.checkpoint.monitor, self.given.checkpoint.mode, model, clients)
         check_callbacks(trainer.callbacks, model, clients)
         trainer.check_model(model, datamodule)
-        check_single_images(model, datamodule, trainer.world_size)
+        check_single_images(model, datamodule, trainer)
         if not fast and is_first_rank():
             self.stack.enter_context(self.run_dir.lock())
             text = self.unwritten = settled_text(self.parser, self.config, self.plan.derived)

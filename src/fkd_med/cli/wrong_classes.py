@@ -43,7 +43,7 @@ def missing_model(text: str) -> str | None:
 def _lacks_class(key: str, text: str) -> str | None:
     """Return the message for a setting, on the command line, of a class that is not named."""
     found = re.search(r" is abstract\n.*?NestedArg\(key='(\w+)', val='?([^')]*)", text, re.DOTALL)
-    if found is None:
+    if found is None or found[1] == key.rpartition(".")[2]:  # it is the class itself that was given
         return None
     name, value = found.groups()
     return f"{key}.{name} needs the class it belongs to: --{key}=CLASS --{key}.{name}={value}.{nearest(name)}"
@@ -71,10 +71,12 @@ def _is_other_kind(key: str, inner: str) -> str | None:
 
 
 def _is_abstract(key: str, inner: str) -> str | None:
-    found = re.search(rf"Expected an instantiatable class, but {_PATH} is abstract", inner)
+    found = re.search(rf"Expected an instantiatable class, but (?:{_PATH} )?is abstract", inner)
     if found is None:
         return None
-    return f"{key} is {found[1]}, which is abstract: give the class_path of a class that derives from it."
+    return (
+        f"{key} is {found[1] or _given(inner)}, which is abstract: give the class_path of a class that derives from it."
+    )
 
 
 def _given(inner: str) -> str:

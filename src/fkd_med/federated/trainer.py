@@ -146,12 +146,11 @@ class FederatedTrainer(L.Trainer):
             model.check_teachers(self._taught(datamodule))
             self._check_fits(model.teacher_source.check_fits, datamodule)
 
-    @staticmethod
-    def _check_fits(check: Callable[[Tensor, int], None], datamodule: Any) -> None:
+    def _check_fits(self, check: Callable[[Tensor, int], None], datamodule: Any) -> None:
         """Make a dry pass on an image of data that say how many classes they have."""
         image, classes = sample_image(datamodule), getattr(datamodule, "classes", None)
         if image is not None and classes is not None:
-            check(image, classes)
+            check(image.to(self.strategy.root_device), classes)
 
     def _taught(self, datamodule: Any) -> list[str | None]:
         """Return whose teachers a run needs; None is the pool of all clients."""

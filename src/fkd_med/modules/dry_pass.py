@@ -23,8 +23,8 @@ def check_fits(module: SegmentationModule, image: Tensor, classes: int, key: str
     """Run a module's network on one image and its loss on what networks return; change nothing.
 
     Args:
-        module: the module, on the CPU.
-        image: one image (1, C, H, W).
+        module: the module.
+        image: one image (1, C, H, W), on the device that is to train: some networks run on no other.
         classes: `data.classes`, the background included where it is 2 or more.
         key: where the module is in the configuration, for messages.
 
@@ -49,6 +49,8 @@ def check_fits(module: SegmentationModule, image: Tensor, classes: int, key: str
 
 def _answer(network: nn.Module, image: Tensor, name: str) -> Tensor:
     """Return the logits of an image with how they were made, for which no tensor is kept."""
+    if any(tensor.device != image.device for tensor in network.parameters()):
+        network = copy.deepcopy(network).to(image.device)
     nothing_kept = torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing)
     try:
         with evaluating(network), torch.enable_grad(), nothing_kept, torch.compiler.set_stance("force_eager"):
@@ -71,10 +73,10 @@ def _last_probability(logits: Tensor) -> str:
 def _check_loss(loss: nn.Module, logits: Tensor, classes: int, name: str) -> None:
     """Refuse a loss that fails on logits like these, or is the same whatever they are."""
     with seeded(global_seed(), "dry pass"):
-        drawn = torch.randn(2, *logits.shape[1:], requires_grad=True)
-        mask = torch.arange(drawn[:, 0].numel()).view_as(drawn[:, 0]) % classes
+        drawn = torch.randn(2, *logits.shape[1:]).to(logits.device).requires_grad_()
+        mask = torch.arange(drawn[:, 0].numel(), device=drawn.device).view_as(drawn[:, 0]) % classes
         try:
-            value = supervised_loss(copy.deepcopy(loss), drawn, mask)
+            value = supervised_loss(copy.deepcopy(loss).to(drawn.device), drawn, mask)
             (slope,) = torch.autograd.grad(value, drawn, allow_unused=True)
         except Exception as error:  # so do losses
             shapes = f"logits {tuple(drawn.shape)} with masks {tuple(mask.shape)}"
