@@ -245,5 +245,5 @@ def test_a_server_that_cannot_be_reached_is_one_error_with_a_remedy(
     monkeypatch.setattr(wandb, "init", unreachable)
     logger = WandbLogger()
     logger.place(str(tmp_path), "run")
-    with pytest.raises(RunError, match=r"Weights & Biases \(https://.*<no message> WANDB_MODE=offline records"):
+    with pytest.raises(RunError, match=r"Weights & Biases \(https://.*<no message>. With WANDB_MODE=offline it"):
         logger.log_hyperparams({"a": 1})

@@ -85,9 +85,10 @@ class WandbLogger(LightningWandbLogger):
         try:
             return super().experiment
         except wandb.Error as error:
+            why = first_line(error).rstrip(".")
             raise RunError(
-                f"Weights & Biases ({_servers()[0]}) cannot record this run: {first_line(error)} WANDB_MODE=offline "
-                "records it on disk, to be uploaded later; --trainer.logger false does not at all."
+                f"Weights & Biases ({_servers()[0]}) cannot record this run: {why}. With WANDB_MODE=offline it is "
+                "recorded on disk, to be uploaded later; with --trainer.logger false not at all."
             ) from error
 
     @property
