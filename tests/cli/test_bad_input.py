@@ -167,7 +167,7 @@ def test_missing_masks_are_skipped_when_asked(
             ("--model.network=segmentation_models_pytorch.Unet", "--model.network.encoder_weights=null"),
             ("Unet cannot be built", "null becomes the word None: write `encoder_weights: null` in a file"),
         ),
-        (("--data.batch_size=1",), ("SlimUNet at 32 pixels", "one image at a time", "data.batch_size to 2")),
+        (("--data.batch_size=1",), ("network (SlimUNet) at 32 pixels", "one image at a time", "data.batch_size to 2")),
         (("--ckpt_path=last",), ("no last checkpoint",)),
         (("--ckpt_path=nowhere.ckpt",), ("nowhere.ckpt", "does not exist")),
     ],

@@ -72,3 +72,13 @@ def test_what_cannot_is_refused_by_its_key(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         check_fits(SegmentationModule(network, loss), torch.randn(1, 3, 50, 70), classes)
+
+
+def test_a_batch_of_one_image_must_leave_batch_norm_more_than_one_value() -> None:
+    module, small = SegmentationModule(SlimUNet()), torch.randn(1, 3, 32, 32)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    check_fits(module, small, 1)
+    check_fits(module, torch.randn(1, 3, 64, 64), 1, alone=True)
+    with pytest.raises(ConfigError, match=r"model.network \(SlimUNet\) at 32 pixels cannot be trained on one image"):
+        check_fits(module, small, 1, alone=True)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())

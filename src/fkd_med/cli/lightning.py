@@ -24,7 +24,6 @@ from fkd_med.cli.processes import check_started
 from fkd_med.cli.repeated import forget_rounds
 from fkd_med.cli.report import Report
 from fkd_med.cli.resume import accepted_changes, check_processes, record_changes, repeatable
-from fkd_med.cli.single_images import check_single_images
 from fkd_med.cli.stored import as_yaml, quiet_tuples, settled_text
 from fkd_med.cli.wandb_parts import record_part, recorded_parts
 from fkd_med.data import FederatedDataModule
@@ -214,7 +213,6 @@ class FkdCLI(LightningCLI):
         check_monitor(self.given.checkpoint.monitor, self.given.checkpoint.mode, model, clients)
         check_callbacks(trainer.callbacks, model, clients)
         trainer.check_model(model, datamodule)
-        check_single_images(model, datamodule, trainer)
         if not fast and is_first_rank():
             self.stack.enter_context(self.run_dir.lock())
             text = self.unwritten = settled_text(self.parser, self.config, self.plan.derived)

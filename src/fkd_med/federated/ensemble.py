@@ -84,9 +84,9 @@ class EnsembleTeachers(TeacherSource):
         """Refuse a configuration that names clients which do not exist."""
         self.teachers.check_names(clients)
 
-    def check_fits(self, image: Tensor, classes: int) -> None:
+    def check_fits(self, image: Tensor, classes: int, alone: bool) -> None:
         """Refuse members that cannot be trained on such images."""
-        self.teachers.check_fits(image, classes)
+        self.teachers.check_fits(image, classes, alone)
 
     def check_trained(self, clients: Sequence[str | None]) -> None:
         """Refuse untrained members."""

@@ -136,9 +136,9 @@ class TeacherStage(TeacherSource):
             read_teacher(self.checkpoints[name], name, self.module.network)
             self._fitting.add(name)
 
-    def check_fits(self, image: Tensor, classes: int) -> None:
+    def check_fits(self, image: Tensor, classes: int, alone: bool) -> None:
         """Refuse a module that cannot be trained on such images; ConfigError, see `check_fits` of a module."""
-        check_fits(self.module, image, classes, "model.teacher.module")
+        check_fits(self.module, image, classes, alone, "model.teacher.module")
 
     def check_trained(self, clients: Sequence[str | None]) -> None:
         """Refuse to give untrained teachers to a student that only copies them.

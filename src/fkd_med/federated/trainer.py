@@ -146,11 +146,15 @@ class FederatedTrainer(L.Trainer):
             model.check_teachers(self._taught(datamodule))
             self._check_fits(model.teacher_source.check_fits, datamodule)
 
-    def _check_fits(self, check: Callable[[Tensor, int], None], datamodule: Any) -> None:
+    def _check_fits(self, check: Callable[[Tensor, int, bool], None], datamodule: Any) -> None:
         """Make a dry pass on an image of data that say how many classes they have."""
         image, classes = sample_image(datamodule), getattr(datamodule, "classes", None)
-        if image is not None and classes is not None:
-            check(image.to(self.strategy.root_device), classes)
+        if image is None or classes is None:
+            return
+        more = getattr(datamodule, "num_unlabelled", lambda client: 0)(None)
+        # several devices may share BatchNorm's statistics
+        alone = getattr(datamodule, "batch_size", None) == 1 == self.world_size and not more
+        check(image.to(self.strategy.root_device), classes, alone)
 
     def _taught(self, datamodule: Any) -> list[str | None]:
         """Return whose teachers a run needs; None is the pool of all clients."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fkd_med.errors import ConfigError
+from fkd_med.errors import ConfigError, single_value
 from fkd_med.losses import supervised_loss
 from fkd_med.modules.segmentation import SegmentationModule
 from fkd_med.networks import forward_padded
@@ -19,21 +19,26 @@ _PROBABILITIES = ("SigmoidBackward", "SoftmaxBackward")
 _MOVES = ("SliceBackward", "ViewBackward", "AliasBackward", "CloneBackward", "ToCopyBackward", "SelectBackward")
 
 
-def check_fits(module: SegmentationModule, image: Tensor, classes: int, key: str = "model") -> None:
+def check_fits(
+    module: SegmentationModule, image: Tensor, classes: int, alone: bool = False, key: str = "model"
+) -> None:
     """Run a module's network on one image and its loss on what networks return; change nothing.
 
     Args:
         module: the module.
         image: one image (1, C, H, W), on the device that is to train: some networks run on no other.
         classes: `data.classes`, the background included where it is 2 or more.
+        alone: whether it trains on batches of one image, which BatchNorm cannot where it has one value per channel.
         key: where the module is in the configuration, for messages.
 
     Raises:
-        ConfigError: the network cannot take the image, answers probabilities or another number of classes, or the loss
-            cannot compare its answer with masks or does not depend on it; names the key and the remedy.
+        ConfigError: the network cannot take the image, or train on it alone, answers probabilities or another number of
+            classes, or the loss cannot compare its answer with masks or does not depend on it; names key and remedy.
     """
     name = f"{key}.network ({_class_of(module.network)})"
     logits = _answer(module.network, image, name)
+    if alone:
+        _train_alone(module.network, image, name)
     if last := _last_probability(logits):
         raise ConfigError(
             f"{name} ends in a {last}, and what it returns is taken for logits: it would learn and segment badly. Take "
@@ -59,6 +64,16 @@ def _answer(network: nn.Module, image: Tensor, name: str) -> Tensor:
         raise
     except Exception as error:  # networks complain in their own ways
         raise ConfigError(f"{name} cannot take images of shape {tuple(image.shape)}: {error}") from error
+
+
+def _train_alone(network: nn.Module, image: Tensor, name: str) -> None:
+    """Ask a copy of a network for the answer it would give in training; refuse one that needs more than one image."""
+    network = copy.deepcopy(network).to(image.device).train()
+    with seeded(global_seed(), "dry pass"), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        try:
+            forward_padded(network, image)
+        except ValueError as error:
+            raise single_value(error, f"{name} at {image.shape[-1]} pixels") or error from error
 
 
 def _last_probability(logits: Tensor) -> str:

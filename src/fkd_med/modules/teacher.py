@@ -45,7 +45,7 @@ class TeacherSource(ABC):
     def check_trained(self, clients: Sequence[str | None]) -> None:  # noqa: B027 - most sources give trained ones
         """Refuse to give teachers that know nothing to a student that only copies them; called before any training."""
 
-    def check_fits(self, image: Tensor, classes: int) -> None:  # noqa: B027 - most sources train no network
+    def check_fits(self, image: Tensor, classes: int, alone: bool) -> None:  # noqa: B027 - most sources train no network
         """Refuse, by a dry pass, a network or a loss that cannot be trained on such images; before any training."""
 
     def check_taps(self, taps: list[str]) -> None:  # noqa: B027 - most sources hand out networks with features
