@@ -28,11 +28,11 @@ def read_hashes(manifest: Path) -> Hashes:
 
 def unchanged(rows: Sequence[ImageRow], ours: Hashes, theirs: Hashes) -> list[ImageRow]:
     """Return the rows whose image and mask are the same in both runs, or of which one run knows nothing."""
-    keys = {row.key: (row.client, row.id) for row in rows}
-    changed = {key for key in keys.values() if ours.get(key) and theirs.get(key) and ours[key] != theirs[key]}
+    changed = {key for key in ours.keys() & theirs.keys() if ours[key] != theirs[key]}
+    changed &= {(row.client, row.id) for row in rows}
     if changed:
         warnings.warn(
             f"{len(changed)} images of the same name are other images or have other masks (manifest.csv): left out.",
             stacklevel=2,
         )
-    return [row for row in rows if keys[row.key] not in changed]
+    return [row for row in rows if (row.client, row.id) not in changed]
